@@ -1,0 +1,35 @@
+"""softinv: what a client's gradient gives away in federated learning.
+
+The observer's side, `recover` and `recover_many`, turns the gradient of a model's last dense layer into the client's
+soft label and last-layer feature, with a verdict and its evidence. The client's side, for experiments, is in
+`softinv_jax.client`.
+"""
+
+from softinv_jax.labels.many import recover_many
+from softinv_jax.labels.recovery import recover
+from softinv_jax.labels.verdicts import (
+    Candidates,
+    Evidence,
+    LabelFormat,
+    LabelKind,
+    Recovery,
+    Verdict,
+    verdict_names,
+)
+from softinv_jax.observation.head import Observation, find_head, observe, observe_head
+
+__all__ = [
+    "Candidates",
+    "Evidence",
+    "LabelFormat",
+    "LabelKind",
+    "Observation",
+    "Recovery",
+    "Verdict",
+    "find_head",
+    "observe",
+    "observe_head",
+    "recover",
+    "recover_many",
+    "verdict_names",
+]

@@ -1,0 +1,245 @@
+"""The scalar on which most classes agree, polished on all of them: recovery without knowing the label's format."""
+
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.float64 import take_rows
+from softinv_jax.labels.hypotheses import Hypotheses
+from softinv_jax.labels.scalar_equation import (
+    TOLERANCE,
+    ScalarEquation,
+    Unknowns,
+    label_deviation,
+    probabilities,
+)
+
+__all__ = ["Consensus", "hypothesis_drift", "polish_consensus", "score_hypotheses"]
+
+# Gauss-Newton from a triple's root is quadratic; the last rounds only let classes join or leave.
+POLISH_STEPS = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Consensus:
+    """One explanation of the gradient: a scalar, and the classes whose soft label is one common level.
+
+    Attributes:
+      scalar: () lambda. factor: () kappa. level: () the common value c.
+      scalar_deviation, factor_deviation, level_deviation: () their standard deviations.
+      agreeing: (C,) bool.
+      label: (C,) y = softmax(lambda z + b) - kappa u, unstructured.
+      label_deviation: (C,) standard deviations of its entries.
+      surprise: () nats: minus the logarithm of how many sets of as many classes a dense label would be expected
+        to show in agreement by accident.
+      informative: () int32, agreeing classes whose softmax entry exceeds its error: only these can contradict
+        another lambda.
+      misfit: () mean over the agreeing classes of ((y - c) / deviation)^2 per degree of freedom.
+      all float64.
+    """
+
+    scalar: jax.Array
+    factor: jax.Array
+    level: jax.Array
+    scalar_deviation: jax.Array
+    factor_deviation: jax.Array
+    level_deviation: jax.Array
+    agreeing: jax.Array
+    label: jax.Array
+    label_deviation: jax.Array
+    surprise: jax.Array
+    informative: jax.Array
+    misfit: jax.Array
+
+
+def _scalar_derivative(
+    equation: ScalarEquation, scalar: jax.Array, prediction: jax.Array, unknowns: Unknowns
+) -> jax.Array:
+    """dy / dlambda at fixed kappa, or along kappa = 1 / lambda where the scale is known: (..., C)."""
+    direction = jnp.broadcast_to(equation.direction, prediction.shape)
+    mean = jnp.sum(prediction * direction, axis=-1, keepdims=True)
+    derivative = prediction * (direction - mean)
+    if unknowns.scale:
+        return derivative
+    return derivative + jnp.broadcast_to(equation.left, prediction.shape) / scalar[..., None] ** 2
+
+
+def _surprise(margin: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Nats by which one class's agreement to within +-margin would surprise if the label were dense.
+
+    Entries of a dense label are of the order 1 / C, and y = p - kappa u cannot be told from p where kappa u drowns
+    in the margin: the chance is 2 margin / min(1 / C, |kappa u|). The second bound keeps out the two limits in
+    which everything agrees with everything: kappa -> 0 with lambda -> 0 (uniform) or infinity (one-hot).
+    """
+    room = jnp.minimum(1.0 / margin.shape[-1], jnp.abs(gradient))
+    return jnp.where(room > 2 * margin, jnp.log(room) - jnp.log(2 * margin), 0.0)
+
+
+def score_hypotheses(equation: ScalarEquation, hypotheses: Hypotheses, unknowns: Unknowns) -> jax.Array:
+    """(H,) nats of agreement with each hypothesis, beyond what its own triple agrees on by construction.
+
+    Minus one where the hypothesis is no valid label at all (an entry below 0 or above 1).
+    """
+    scalar, factor = hypotheses.scalar, hypotheses.factor
+    prediction = probabilities(equation, scalar)
+    gradient = factor[:, None] * equation.left[None, :]
+    label = prediction - gradient
+    deviation = label_deviation(equation, scalar, factor, prediction, label)
+    drift = hypothesis_drift(equation, hypotheses, unknowns)
+    margin = TOLERANCE * (deviation + drift)
+    level_margin = margin + TOLERANCE * hypotheses.level_deviation[:, None]
+    agreeing = jnp.abs(label - hypotheses.level[:, None]) <= level_margin
+    possible = jnp.all((label >= -margin) & (label <= 1 + margin), axis=1)
+    nats = jnp.where(agreeing, _surprise(level_margin, gradient), 0.0)
+    own = jnp.sort(take_rows(nats, hypotheses.classes), axis=1)
+    total = jnp.sum(nats, axis=1) - jnp.sum(own[:, -fitted_parameters(unknowns) :], axis=1)
+    return jnp.where(possible & ~jnp.isnan(scalar), total, -1.0)
+
+
+def fitted_parameters(unknowns: Unknowns) -> int:
+    """Number of unknowns in y_j = c: the level, and lambda and kappa where they are free."""
+    return 1 + unknowns.scalar + unknowns.scale
+
+
+def hypothesis_drift(equation: ScalarEquation, hypotheses: Hypotheses, unknowns: Unknowns) -> jax.Array:
+    """(H, C) how far the errors of a hypothesis's own lambda and kappa move each label entry."""
+    drift = jnp.abs(equation.left)[None, :] * hypotheses.factor_deviation[:, None]
+    if unknowns.scalar:
+        prediction = probabilities(equation, hypotheses.scalar)
+        derivative = _scalar_derivative(equation, hypotheses.scalar, prediction, unknowns)
+        drift = drift + jnp.abs(derivative) * hypotheses.scalar_deviation[:, None]
+    return drift
+
+
+def polish_consensus(
+    equation: ScalarEquation,
+    scalar: jax.Array,
+    factor: jax.Array,
+    level: jax.Array,
+    drift: jax.Array,
+    unknowns: Unknowns,
+    *,
+    steps: int = POLISH_STEPS,
+) -> Consensus:
+    """Weighted least squares in (lambda, kappa, c) on the classes that agree, re-chosen at every step.
+
+    Args:
+      equation: the scalar equation.
+      scalar, factor, level: () the hypothesis to start from.
+      drift: (C,) how far its errors can move each label entry; allowed for when classes are first chosen.
+      unknowns: static.
+      steps: static; 0 only describes the given point.
+    """
+
+    def evaluate(scalar: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        prediction = probabilities(equation, scalar)
+        label = prediction - factor * equation.left
+        return prediction, label, label_deviation(equation, scalar, factor, prediction, label)
+
+    def solve(
+        scalar: jax.Array, factor: jax.Array, agreeing: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+        """One Gauss-Newton step and the standard deviations, by successive weighted projection."""
+        prediction, label, deviation = evaluate(scalar, factor)
+        weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
+        total = jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float64).tiny)
+
+        def centred(values: jax.Array) -> jax.Array:
+            return values - jnp.sum(weights * values) / total
+
+        def project(values: jax.Array, onto: jax.Array) -> jax.Array:
+            square = jnp.sum(weights * onto**2)
+            return values - onto * jnp.sum(weights * values * onto) / jnp.where(square == 0, 1.0, square)
+
+        residual = centred(label)
+        left = centred(equation.left)
+        slope = centred(_scalar_derivative(equation, scalar, prediction, unknowns))
+        scalar_step, scalar_variance = jnp.zeros(()), jnp.zeros(())
+        if unknowns.scalar:
+            free = project(slope, left) if unknowns.scale else slope
+            information = jnp.sum(weights * free**2)
+            scalar_variance = 1 / information
+            scalar_step = -jnp.sum(weights * free * residual) * scalar_variance
+        factor_step, factor_variance = jnp.zeros(()), jnp.zeros(())
+        if unknowns.scale:
+            remaining = residual + slope * scalar_step if unknowns.scalar else residual
+            information = jnp.sum(weights * left**2)
+            factor_step = jnp.sum(weights * left * remaining) / information
+            factor_variance = 1 / information
+            if unknowns.scalar:
+                correlation = jnp.sum(weights * left * slope) / information
+                factor_variance = factor_variance + correlation**2 * scalar_variance
+        return (
+            scalar_step,
+            factor_step,
+            jnp.sum(weights * label) / total,
+            scalar_variance,
+            factor_variance,
+            1 / total,
+        )
+
+    def advance(scalar: jax.Array, factor: jax.Array, steps: tuple) -> tuple[jax.Array, jax.Array]:
+        if unknowns.scalar:
+            # Never through zero or beyond a doubling in one step: lambda keeps its sign.
+            scalar = scalar + jnp.clip(steps[0], -jnp.abs(scalar) / 2, jnp.abs(scalar))
+        factor = factor + steps[1] if unknowns.scale else 1 / scalar
+        return scalar, factor
+
+    def choose(scalar: jax.Array, factor: jax.Array, level: jax.Array, allowance: jax.Array) -> jax.Array:
+        _, label, deviation = evaluate(scalar, factor)
+        return jnp.abs(label - level) <= TOLERANCE * (deviation + allowance)
+
+    def step(index: int, state: tuple) -> tuple:
+        scalar, factor, _, agreeing = state
+        scalar, factor = advance(scalar, factor, solve(scalar, factor, agreeing))
+        _, label, deviation = evaluate(scalar, factor)
+        weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
+        total = jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float64).tiny)
+        level = jnp.sum(weights * label) / total
+        # A class sharper than all that set the level so far may disagree with it by the level's own error.
+        kept = choose(scalar, factor, level, jnp.broadcast_to(jax.lax.rsqrt(total), drift.shape))
+        return scalar, factor, level, jnp.where(index == 0, agreeing, kept)
+
+    start = (scalar, factor, level, choose(scalar, factor, level, drift))
+    scalar, factor, level, agreeing = jax.lax.fori_loop(0, steps, step, start)
+    prediction, label, deviation = evaluate(scalar, factor)
+    _, _, level, scalar_variance, factor_variance, level_variance = solve(scalar, factor, agreeing)
+    spread = deviation**2 + (equation.left**2) * factor_variance
+    if unknowns.scalar:
+        derivative = _scalar_derivative(equation, scalar, prediction, unknowns)
+        spread = spread + derivative**2 * scalar_variance
+        level_derivative = jnp.sum(jnp.where(agreeing, derivative, 0.0)) / jnp.maximum(jnp.sum(agreeing), 1)
+        level_variance = level_variance + level_derivative**2 * scalar_variance
+    fitted = fitted_parameters(unknowns)
+    freedom = jnp.maximum(jnp.sum(agreeing) - fitted, 1)
+    misfit = jnp.sum(jnp.where(agreeing, ((label - level) / deviation) ** 2, 0.0)) / freedom
+    count = jnp.sum(agreeing)
+    gradient = factor * equation.left
+    nats = jnp.where(agreeing, _surprise(TOLERANCE * deviation, gradient), 0.0)
+    number_of_classes = agreeing.size
+    choices = (
+        jax.lax.lgamma(jnp.asarray(number_of_classes + 1.0))
+        - jax.lax.lgamma(count + 1.0)
+        - jax.lax.lgamma(number_of_classes - count + 1.0)
+    )
+    # The fitted parameters make as many classes agree for free; the sharpest ones, to be safe.
+    surprise = jnp.sum(nats) - fitted * jnp.max(nats) - choices
+    sharp = jnp.minimum(prediction, jnp.abs(gradient)) > TOLERANCE * deviation
+    informative = jnp.sum(agreeing & sharp, dtype=jnp.int32)
+    return Consensus(
+        scalar,
+        factor,
+        level,
+        jnp.sqrt(scalar_variance),
+        jnp.sqrt(factor_variance),
+        jnp.sqrt(level_variance),
+        agreeing,
+        label,
+        jnp.sqrt(spread),
+        surprise,
+        informative,
+        misfit,
+    )

@@ -1,0 +1,293 @@
+"""Maximum likelihood under additive noise: label, scalar and feature at the Cramer-Rao bound.
+
+Independent Gaussian noise on every entry of G = g x^T leaves the leading singular pair as the sufficient statistic
+to first order: u = lambda g + e with the rows' noise e, and v off by a component orthogonal to it, which moves the
+logits by zeta with covariance lambda^2 tau^2 W P W^T (P projects off v). The label equation then reads
+
+    softmax(lambda z + b + zeta) - kappa u - y(w) = 0,      y(w) = 1/C + sum_t w_t (e_t - 1/C),
+
+t over the classes that are singled out. Generalised least squares in (lambda, kappa, w) with zeta integrated out is
+its Gauss-Newton iteration; the sum constraint of the label is built into y(w).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.float64 import argmax, argsort
+from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, label_deviation
+from softinv_jax.linear_algebra import inverse_and_log_determinant
+
+__all__ = ["LikelihoodFit", "fit_likelihood", "trimmed_starts"]
+
+TARGET_SLOTS = 8
+GRID = 64
+ROUNDS = 8
+STEPS = 3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LikelihoodFit:
+    """Attributes, all float64:
+
+    scalar: () lambda. factor: () kappa. label: (C,) y(w). label_deviation: (C,). scalar_deviation: ().
+    agreeing: (C,) bool, classes not singled out. level_deviation: () of their common level.
+    feature_pull: (C,) q; the feature is lambda v - lambda^2 tau^2 P W^T q.
+    cost: () minus twice the log-likelihood plus the price of each class singled out; the lower, the likelier the explanation.
+    misfit: () chi^2 per degree of freedom.
+    """
+
+    scalar: jax.Array
+    factor: jax.Array
+    label: jax.Array
+    label_deviation: jax.Array
+    scalar_deviation: jax.Array
+    agreeing: jax.Array
+    level_deviation: jax.Array
+    feature_pull: jax.Array
+    cost: jax.Array
+    misfit: jax.Array
+
+
+class _Step(NamedTuple):
+    """One generalised least-squares solution around a state."""
+
+    change: jax.Array  # (2 + slots,) of lambda, kappa and the weights
+    parameter_covariance: jax.Array
+    slope: jax.Array  # (C, C) dp / dlogits
+    chi_squared: jax.Array  # before the change
+    log_determinant: jax.Array  # of the residual's covariance
+    whitened_residual: jax.Array  # (C,) Sigma^-1 r after the change
+    whitened_design: jax.Array  # (C, 2 + slots)
+    precision: jax.Array  # (C, C) Sigma^-1
+
+
+def trimmed_starts(
+    equation: ScalarEquation, unknowns: Unknowns, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Starts for noise in which single triples drown: the paper's variance loss, weighed by the errors, on a grid.
+
+    For each lambda the label's weighted variance is taken over all but the two entries that deviate most.
+
+    Returns:
+      lambda (count,), kappa (count,) and the agreeing classes (count, C) at the lowest local minima.
+    """
+    spread = jnp.maximum(jnp.max(equation.direction) - jnp.min(equation.direction), 1e-300)
+    magnitudes = jnp.geomspace(0.02, 500.0, GRID) / spread
+    if not unknowns.scalar:
+        magnitudes = jnp.broadcast_to(jnp.abs(equation.known_scalar), (GRID,))
+
+    def loss(scalar: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        prediction = jax.nn.softmax(scalar * equation.direction + equation.offset)
+        factor = 1 / scalar
+        agreeing = jnp.ones(prediction.shape, bool)
+        for trimming in range(3):
+            deviation = label_deviation(equation, scalar, factor, prediction, prediction - factor * equation.left)
+            weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
+            weights = weights / jnp.sum(weights)
+            centred_p = prediction - jnp.sum(weights * prediction)
+            centred_u = equation.left - jnp.sum(weights * equation.left)
+            if unknowns.scale:
+                factor = jnp.sum(weights * centred_p * centred_u) / jnp.sum(weights * centred_u**2)
+            residual = (centred_p - factor * centred_u) / deviation
+            if trimming < 2:
+                worst = argmax(jnp.where(agreeing, jnp.abs(residual), -1.0))
+                agreeing = agreeing & (jnp.arange(agreeing.size, dtype=jnp.int32) != worst)
+        return jnp.sum(jnp.where(agreeing, residual**2, 0.0)), factor, agreeing
+
+    scalars = jnp.concatenate([-magnitudes[::-1], magnitudes])
+    losses, factors, agreeing = jax.vmap(loss)(scalars)
+    padded = jnp.concatenate([jnp.full((1,), jnp.inf), losses, jnp.full((1,), jnp.inf)])
+    lowest = (losses <= padded[:-2]) & (losses <= padded[2:])
+    order = argsort(jnp.where(lowest, losses, jnp.inf))[:count]
+    return scalars[order], factors[order], agreeing[order]
+
+
+def fit_likelihood(
+    equation: ScalarEquation,
+    direction_covariance: jax.Array,
+    scalar: jax.Array,
+    factor: jax.Array,
+    agreeing: jax.Array,
+    unknowns: Unknowns,
+) -> LikelihoodFit:
+    """Refine a consensus.
+
+    Args:
+      equation: the scalar equation, with `left_deviation` measured.
+      direction_covariance: (C, C) float64, covariance tau^2 W P W^T of the errors of z.
+      scalar, factor: () start. agreeing: (C,) bool, start.
+      unknowns: static.
+    """
+    number_of_classes = agreeing.size
+    order = argsort(agreeing.astype(jnp.float64))[: min(TARGET_SLOTS, max(number_of_classes - 4, 1))]
+    active = ~agreeing[order]
+
+    def model(scalar: jax.Array, factor: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        prediction = jax.nn.softmax(scalar * equation.direction + equation.offset + shift)
+        softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
+        raw = prediction - factor * equation.left
+        # Only rounding and the noise on u: the noise on v is in direction_covariance.
+        own = ScalarEquation(
+            equation.direction,
+            equation.offset,
+            equation.left,
+            equation.left_deviation,
+            jnp.zeros_like(equation.direction_deviation),
+            equation.weight_norm,
+            equation.roundoff,
+            equation.known_scalar,
+        )
+        deviation = label_deviation(own, scalar, factor, prediction, raw)
+        spread = softmax_slope @ direction_covariance @ softmax_slope * scalar**2
+        return raw, softmax_slope, jnp.diag(deviation**2) + spread
+
+    def columns(scalar: jax.Array, slope: jax.Array, slots: jax.Array, active: jax.Array) -> jax.Array:
+        """(C, 2 + slots) derivatives of the label equation; unused columns are zero."""
+        zero = jnp.zeros((number_of_classes,))
+        by_scalar, by_factor = zero, zero
+        if unknowns.scalar:
+            by_scalar = slope @ equation.direction
+            if not unknowns.scale:
+                by_scalar = by_scalar + equation.left / scalar**2
+        if unknowns.scale:
+            by_factor = -equation.left
+        chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64).T - 1 / number_of_classes
+        return jnp.concatenate([by_scalar[:, None], by_factor[:, None], -chosen * active[None, :]], axis=1)
+
+    def weights_to_label(weights: jax.Array, slots: jax.Array, active: jax.Array) -> jax.Array:
+        chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64) - 1 / number_of_classes
+        return 1 / number_of_classes + jnp.where(active, weights, 0.0) @ chosen
+
+    def solve(state: tuple, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> _Step:
+        scalar, factor, weights, shift = state
+        raw, slope, covariance = model(scalar, factor, shift)
+        residual = raw - weights_to_label(weights, slots, active) - slope @ shift
+        design = columns(scalar, slope, slots, active)
+        precision, log_determinant = inverse_and_log_determinant(covariance)
+        weighted, weighted_residual = precision @ design, precision @ residual
+        # A weight lies in (-1, 1): the prior N(0, 1) is nothing beside data that says anything about it.
+        prior = jnp.concatenate([jnp.zeros((2,)), active.astype(jnp.float64)])
+        normal = design.T @ weighted + jnp.diag(prior) + sum_precision * prior[:, None] * prior[None, :]
+        used = jnp.diag(normal) > 0
+        inverse, _ = inverse_and_log_determinant(normal + jnp.diag(jnp.where(used, 0.0, 1.0)))
+        used_weights = jnp.where(active, weights, 0.0)
+        excess = sum_precision * (jnp.sum(used_weights) - 1)
+        pull = jnp.concatenate([jnp.zeros((2,)), used_weights]) + prior * excess
+        change = -inverse @ (design.T @ weighted_residual + pull)
+        return _Step(
+            change=change,
+            parameter_covariance=inverse,
+            slope=slope,
+            chi_squared=jnp.sum(residual * weighted_residual) + jnp.sum(used_weights**2),
+            log_determinant=log_determinant,
+            whitened_residual=weighted_residual + weighted @ change,
+            whitened_design=weighted,
+            precision=precision,
+        )
+
+    def advance(state: tuple, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> tuple:
+        scalar, factor, weights, shift = state
+        step = solve(state, slots, active, sum_precision)
+        shift = -(scalar**2) * direction_covariance @ (step.slope @ step.whitened_residual)
+        if unknowns.scalar:
+            scalar = scalar + jnp.clip(step.change[0], -jnp.abs(scalar) / 2, jnp.abs(scalar))
+        factor = factor + step.change[1] if unknowns.scale else 1 / scalar
+        return scalar, factor, weights + step.change[2:], shift
+
+    def reconsider(
+        state: tuple, slots: jax.Array, active: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Decide whether there is any smoothing; then single one more class out, or let the weakest go."""
+        free = solve(state, slots, active, jnp.zeros(()))
+        counted = active.astype(jnp.float64)
+        share = counted @ (state[2] + free.change[2:])
+        share_variance = counted @ free.parameter_covariance[2:, 2:] @ counted
+        without = ((1 - share) ** 2 < share_variance * smoothing_price(share_variance)) | (share > 1)
+        # Tied a thousand times more tightly than the data ties it: as good as fixed, and well conditioned.
+        tie = 1e6 / jnp.where(share_variance > 0, share_variance, 1.0)
+        sum_precision = jnp.where(without & jnp.any(active), tie, 0.0)
+        step = solve(state, slots, active, sum_precision)
+        explained = step.whitened_design @ step.parameter_covariance @ step.whitened_design.T
+        precision = step.precision - explained
+        centre = jnp.eye(number_of_classes) - 1 / number_of_classes
+        score = centre @ step.whitened_residual
+        information = jnp.sum(centre * (precision @ centre), axis=0)
+        taken = jnp.any(jax.nn.one_hot(slots, number_of_classes) * active[:, None] > 0, axis=0)
+        gain = jnp.where(taken | (information <= 0), 0.0, score**2 / jnp.where(information > 0, information, 1.0))
+        level = (1 - counted @ state[2]) / number_of_classes
+        # Its entry would have to be negative: not a label.
+        gain = jnp.where(score < -level * information, 0.0, gain)
+        gain = gain - singling_price(jax.lax.rsqrt(jnp.where(information > 0, information, 1.0)))
+        best = argmax(gain)
+        free = argmax((~active).astype(jnp.float64))
+        adds = (gain[best] > 0) & ~active[free]
+        deviation = jnp.sqrt(jnp.diag(step.parameter_covariance)[2:])
+        strength = jnp.where(active, (state[2] / deviation) ** 2 - singling_price(deviation), jnp.inf)
+        weakest = argmax(-strength)
+        drops = ~adds & (strength[weakest] < 0)
+        position = jnp.arange(active.size, dtype=jnp.int32)
+        slots = jnp.where(adds & (position == free), best, slots)
+        active = jnp.where(adds & (position == free), True, active)
+        active = jnp.where(drops & (position == weakest), False, active)
+        return slots, active, sum_precision
+
+    def smoothing_price(share_variance: jax.Array) -> jax.Array:
+        """What chi^2 must rise by before a label counts as smoothed: strength 0, or anything in (0, 1)."""
+        return jnp.maximum(-jnp.log(2 * jnp.pi * share_variance), 0.0)
+
+    def singling_price(deviation: jax.Array) -> jax.Array:
+        """What chi^2 must fall by for one more class: twice minus the logarithm of the Bayesian evidence ratio.
+
+        Its weight is equally likely to be anything in (0, 1), of which the data leaves sqrt(2 pi) deviations,
+        it may be any of the C classes, and it is there at all in one label of a hundred.
+        """
+        share = jnp.minimum(jnp.sqrt(2 * jnp.pi) * deviation, 1.0)
+        return -2 * jnp.log(share) + 2 * jnp.log(100.0 * number_of_classes)
+
+    def round_of_steps(_: int, carry: tuple) -> tuple:
+        state, slots, active, sum_precision = carry
+        state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
+        slots, active_next, sum_precision = reconsider(state, slots, active)
+        scalar, factor, weights, shift = state
+        return (scalar, factor, jnp.where(active_next, weights, 0.0), shift), slots, active_next, sum_precision
+
+    raw = jax.nn.softmax(scalar * equation.direction + equation.offset) - factor * equation.left
+    level = (1 - jnp.sum(jnp.where(agreeing, 0.0, raw))) / jnp.maximum(jnp.sum(agreeing), 1)
+    start = (scalar, factor, jnp.where(active, raw[order] - level, 0.0), jnp.zeros_like(raw))
+    carry = (start, order, active, jnp.zeros(()))
+    state, slots, active, sum_precision = jax.lax.fori_loop(0, ROUNDS, round_of_steps, carry)
+    state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
+    scalar, factor, weights, shift = state
+    final = solve(state, slots, active, sum_precision)
+    inverse = final.parameter_covariance
+    chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64) - 1 / number_of_classes
+    chosen = jnp.where(active[:, None], chosen, 0.0)
+    label_variance = jnp.sum(chosen * (inverse[2:, 2:] @ chosen), axis=0)
+    total_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :])) / number_of_classes**2
+    singled = jnp.any(jax.nn.one_hot(slots, number_of_classes) * active[:, None] > 0, axis=0)
+    label = weights_to_label(weights, slots, active)
+    label_deviation_ = jnp.sqrt(label_variance)
+    prices = jnp.where(active, singling_price(jnp.sqrt(jnp.diag(inverse)[2:])), 0.0)
+    below_zero = jnp.where(label_deviation_ > 0, jnp.minimum(label / jnp.where(label_deviation_ > 0, label_deviation_, 1.0), 0.0), 0.0)
+    # In terms of the observed u, whose errors do not depend on kappa.
+    log_determinant = final.log_determinant - 2 * number_of_classes * jnp.log(jnp.abs(factor))
+    share_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :]))
+    prices = prices + jnp.where(sum_precision > 0, 0.0, smoothing_price(share_variance)) / prices.size
+    cost = final.chi_squared + log_determinant + jnp.sum(prices) + jnp.max(below_zero**2)
+    freedom = number_of_classes - unknowns.scalar - unknowns.scale - jnp.sum(active)
+    return LikelihoodFit(
+        scalar=scalar,
+        factor=factor,
+        label=label,
+        label_deviation=label_deviation_,
+        scalar_deviation=jnp.sqrt(inverse[0, 0]) if unknowns.scalar else jnp.zeros(()),
+        agreeing=~singled,
+        level_deviation=jnp.sqrt(total_variance),
+        feature_pull=final.slope @ final.whitened_residual,
+        cost=jnp.where(jnp.isfinite(cost), cost, jnp.inf),
+        misfit=final.chi_squared / jnp.maximum(freedom, 1),
+    )

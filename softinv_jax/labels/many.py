@@ -1,0 +1,142 @@
+"""`recover_many`: thousands of gradients, the fast search for all and the thorough one for those that need it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.labels.recovery import Method, recover
+from softinv_jax.labels.verdicts import Recovery, Verdict
+from softinv_jax.observation.head import Observation, observe
+
+__all__ = ["recover_many"]
+
+# Gradients worked on at once: enough to fill the cores, small enough to stay in the cache between two reads.
+CHUNK_BYTES = 32 * 2**20
+THOROUGH_CHUNK = 16
+
+
+def recover_many(
+    observation: Observation,
+    *,
+    method: Method = "exact",
+    unknown_scale: bool = False,
+    label_format: Literal["smoothing", "mixup"] | None = None,
+    thorough: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recovery:
+    """Recover every example of an observation.
+
+    Args:
+      observation: `weight_gradient` (N, C, d), NumPy or JAX; NumPy arrays are moved to the device chunk by chunk.
+      method, unknown_scale, label_format: see `recover`.
+      thorough: search all examples thoroughly at once. Otherwise only those the fast search leaves without a sharp
+        unique label.
+      progress: called with (examples done, N) as work proceeds.
+
+    Returns:
+      A `Recovery` of NumPy arrays with a leading axis N.
+
+    Raises:
+      ValueError: as `recover`, with the index of the first example concerned where a value is not finite.
+    """
+    observation = observe(
+        observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient
+    )
+    gradient = observation.weight_gradient
+    if gradient.ndim != 3:
+        raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
+    examples = gradient.shape[0]
+    options = dict(method=method, unknown_scale=unknown_scale, label_format=label_format)
+    chunk = max(1, min(examples, CHUNK_BYTES // (gradient[0].size * gradient.dtype.itemsize)))
+    report = progress or (lambda done, total: None)
+
+    done = 0
+    parts = []
+    if not thorough and method == "exact":
+        for start in range(0, examples, chunk):
+            part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk)
+            parts.append(jax.device_get(_fast(part, **options)))
+        result = _stack(parts, examples)
+        unsure = np.flatnonzero(~_settled(result))
+        done = examples - unsure.size
+        report(done, examples)
+    else:
+        result, unsure = None, np.arange(examples)
+    refined = []
+    size = min(THOROUGH_CHUNK, max(unsure.size, 1))
+    for start in range(0, unsure.size, size):
+        indices = unsure[start : start + size]
+        refined.append(jax.device_get(_thorough(_chunk(observation, indices, size), **options)))
+        done += indices.size
+        report(done, examples)
+    if not refined:
+        assert result is not None
+        return result
+    sharper = _stack(refined, unsure.size)
+    if result is None:
+        return sharper
+    return _merge(result, sharper, unsure)
+
+
+@partial(jax.jit, static_argnames=("method", "unknown_scale", "label_format"))
+def _fast(observation: Observation, **options: object) -> Recovery:
+    return jax.vmap(partial(recover, thorough=False, **options), in_axes=(_axes(observation),))(observation)
+
+
+@partial(jax.jit, static_argnames=("method", "unknown_scale", "label_format"))
+def _thorough(observation: Observation, **options: object) -> Recovery:
+    # One after the other, so that each runs only the branch it needs (consensus or likelihood).
+    def one(gradients: tuple[jax.Array, jax.Array | None]) -> Recovery:
+        single = Observation(observation.weight, gradients[0], observation.bias, gradients[1])
+        return recover(single, thorough=True, **options)
+
+    return jax.lax.map(one, (observation.weight_gradient, observation.bias_gradient))
+
+
+def _axes(observation: Observation) -> Observation:
+    bias = None if observation.bias is None else 0
+    return Observation(None, 0, None, bias)
+
+
+def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observation:
+    """The examples at `indices`, the last repeated up to `size` so that one compiled program serves all chunks."""
+    padded = np.append(indices, np.full(size - indices.size, indices[-1]))
+    contiguous = indices.size == size and indices[-1] - indices[0] == size - 1
+    pick = slice(int(indices[0]), int(indices[-1]) + 1) if contiguous else padded
+
+    def take(values: jax.Array | None) -> jax.Array | None:
+        return None if values is None else jnp.asarray(values[pick])
+
+    return Observation(
+        observation.weight, take(observation.weight_gradient), observation.bias, take(observation.bias_gradient)
+    )
+
+
+def _settled(result: Recovery) -> np.ndarray:
+    """(N,) bool: nothing a thorough search could add."""
+    rounding = float(jnp.finfo(result.label.dtype).eps)
+    # A hundred roundings of the dtype: where the single column read so far no longer fixes the label that well,
+    # averaging over all of the gradient pays.
+    sharp = np.max(result.evidence.label_deviation, axis=-1) < 100 * rounding
+    return ((result.verdict == Verdict.UNIQUE) & sharp) | (result.verdict == Verdict.NO_SIGNAL)
+
+
+def _stack(parts: list[Recovery], examples: int) -> Recovery:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:examples], *parts)
+
+
+def _merge(result: Recovery, sharper: Recovery, indices: np.ndarray) -> Recovery:
+    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        if old.ndim > 1 and old.shape[1:] != new.shape[1:]:  # More candidates are listed by the thorough search.
+            padded = np.full((old.shape[0], *new.shape[1:]), np.nan, old.dtype)
+            padded[tuple(slice(0, n) for n in old.shape)] = old
+            old = padded
+        old = np.array(old)
+        old[indices] = new
+        return old
+
+    return jax.tree.map(put, result, sharper)

@@ -1,0 +1,327 @@
+"""`recover`: from the gradient of one last layer to soft label, feature, scale and verdict."""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.float64 import in_float64
+from softinv_jax.labels.consensus import Consensus, polish_consensus
+from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain_by_likelihood
+from softinv_jax.labels.hard_label import odd_class
+from softinv_jax.labels.interval import feasible_interval
+from softinv_jax.labels.label_format import read_format, structured_label
+from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
+from softinv_jax.labels.variance import FORMATS, minimise_variance
+from softinv_jax.labels.verdicts import Candidates, Evidence, LabelFormat, LabelKind, Recovery, Verdict
+from softinv_jax.observation.head import Observation, observe
+from softinv_jax.observation.rank_one import (
+    RankOneFactors,
+    average_rows,
+    dominant_factors,
+    leading_singular_factors,
+    unit_roundoff,
+)
+
+__all__ = ["Method", "recover"]
+
+Method = Literal["exact", "variance", "idlg"]
+
+# An explanation counts as unique only if a dense label would show as much agreement in one case of a million, and
+# is listed at all only from one in a hundred on.
+UNIQUE_SURPRISE = 13.8
+LISTED_SURPRISE = 4.6
+
+
+@in_float64
+def recover(
+    observation: Observation,
+    *,
+    method: Method = "exact",
+    unknown_scale: bool = False,
+    label_format: Literal["smoothing", "mixup"] | None = None,
+    thorough: bool = True,
+) -> Recovery:
+    """Recover the soft label and last-layer feature of one example from its last-layer gradient.
+
+    Pure; works under `jax.jit` and `jax.vmap` with `method`, `unknown_scale`, `label_format` and `thorough` static.
+    Computes in float64 without touching the caller's configuration. For thousands of examples use
+    `recover_many`, which tries the fast search first.
+
+    Args:
+      observation: one example, `weight_gradient` (C, d); see `observe`.
+      method: `exact`, format-free: the scalar on which most triples of classes agree (docs/uniqueness.md);
+        `variance`, the paper's loss (Wang, Liang, He, ICLR 2024, section 3), for bias-free heads and a known
+        scale; `idlg`, hard labels by the sign of the gradient (Zhao, Mopuri, Bilen, 2020).
+      unknown_scale: the gradient is known only up to a non-zero factor (learning rate, sum or mean reduction, sign).
+      label_format: for `variance` only, which must be told: `smoothing` or `mixup`.
+      thorough: search exhaustively where that is possible, list other candidates, give the feasible interval where
+        nothing is unique, and use maximum likelihood under noise. False is several times faster and enough for
+        almost every noiseless gradient; what it calls unique is unique.
+
+    Returns:
+      A `Recovery`; label (C,), feature (d,).
+
+    Raises:
+      ValueError: for arrays `observe` refuses, an unknown method, or a method that does not apply to the head.
+    """
+    observation = observe(
+        observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient
+    )
+    if observation.weight_gradient.ndim != 2:
+        raise ValueError(
+            f"recover takes one example, but weight_gradient has shape {observation.weight_gradient.shape};"
+            " use recover_many or jax.vmap"
+        )
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
+    has_bias = observation.bias is not None
+    if method == "variance":
+        if label_format not in FORMATS:
+            raise ValueError(f"method 'variance' needs label_format, one of {tuple(FORMATS)}, not {label_format!r}")
+        if has_bias or unknown_scale:
+            raise ValueError("method 'variance' needs a bias-free head and a known scale; use method 'exact'")
+    elif label_format is not None:
+        raise ValueError(f"label_format is for method 'variance' only; {method!r} needs none")
+    return _recover(observation, method, unknown_scale, label_format, thorough)
+
+
+def _recover(
+    observation: Observation, method: str, unknown_scale: bool, label_format: str | None, thorough: bool
+) -> Recovery:
+    has_bias = observation.bias is not None
+    unknowns = Unknowns(scalar=not has_bias, scale=unknown_scale)
+    weight, gradient = observation.weight, observation.weight_gradient
+    if has_bias:  # The bias is the weight of a constant feature 1.
+        weight = jnp.concatenate([weight, observation.bias[:, None].astype(weight.dtype)], axis=1)
+        bias_gradient = observation.bias_gradient[:, None].astype(gradient.dtype)
+        gradient = jnp.concatenate([gradient, bias_gradient], axis=1)
+    factors = dominant_factors(gradient)
+    if thorough:
+        factors = leading_singular_factors(gradient, factors)
+    elif has_bias:
+        factors = average_rows(gradient, factors)
+    equation, direction_covariance = _scalar_equation(weight, factors, gradient.dtype, has_bias, thorough)
+
+    if method == "idlg":
+        explanations = _hard_explanation(equation, factors, unknowns)
+    elif method == "variance":
+        assert label_format is not None
+        explanations = _variance_explanation(equation, FORMATS[label_format], unknowns)
+    elif not thorough:
+        explanations = explain_by_consensus(equation, unknowns, thorough=False)
+    else:
+        explanations = jax.lax.cond(
+            factors.is_rounding,
+            lambda: explain_by_consensus(equation, unknowns, thorough=True),
+            lambda: explain_by_likelihood(equation, direction_covariance, unknowns),
+        )
+    recovery = _conclude(equation, factors, explanations, unknowns, weight, method, thorough)
+    if has_bias:
+        recovery = replace(recovery, feature=recovery.feature[:-1])
+    dtype = jnp.promote_types(observation.weight_gradient.dtype, jnp.float32)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float64 else leaf, recovery)
+
+
+def _scalar_equation(
+    weight: jax.Array, factors: RankOneFactors, dtype: jnp.dtype, has_bias: bool, thorough: bool
+) -> tuple[ScalarEquation, jax.Array]:
+    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
+    weight64 = weight.astype(jnp.float64)
+    norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
+    right = factors.right.astype(jnp.float64) / norm
+    direction = weight64 @ right
+    weight_norm = jnp.sqrt(jnp.sum(weight64**2, axis=1))
+    number_of_classes = direction.size
+    zeros = jnp.zeros((number_of_classes,))
+    scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
+    covariance = jnp.zeros((number_of_classes, number_of_classes))
+    direction_deviation = zeros
+    if thorough:
+        square = jnp.sum(factors.left**2)
+        feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+        if has_bias:
+            # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
+            tied = weight64.at[:, -1].add(-scalar * direction)
+            covariance = feature_variance * (tied @ tied.T)
+        else:
+            covariance = feature_variance * (weight64 @ weight64.T - direction[:, None] * direction[None, :])
+        direction_deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), 0.0))
+    equation = ScalarEquation(
+        direction=direction,
+        offset=zeros,
+        left=factors.left,
+        left_deviation=factors.row_noise,
+        direction_deviation=direction_deviation,
+        weight_norm=weight_norm,
+        roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
+        known_scalar=scalar,
+    )
+    return equation, covariance
+
+
+def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unknowns) -> Explanations:
+    scalar, _ = minimise_variance(equation, excluded)
+    label = jax.nn.softmax(scalar * equation.direction) - equation.left / scalar
+    kept = jnp.sort(label)[: label.size - excluded]
+    # The search ends within about the square root of the roundoff of log lambda.
+    drift = 1e-7 * (jnp.abs(label) + jnp.abs(equation.left / scalar))
+    found = polish_consensus(equation, scalar, 1 / scalar, jnp.mean(kept), drift, unknowns, steps=0)
+    return _single(found)
+
+
+def _hard_explanation(equation: ScalarEquation, factors: RankOneFactors, unknowns: Unknowns) -> Explanations:
+    chosen = odd_class(equation.left, jnp.sum(factors.right.astype(jnp.float64)))
+    label = jax.nn.one_hot(chosen, equation.left.size, dtype=jnp.float64)
+    one = jnp.ones(())
+    scalar = equation.known_scalar if not unknowns.scalar else jnp.full((), jnp.nan)
+    found = polish_consensus(equation, one, one, jnp.zeros(()), jnp.full_like(label, jnp.inf), unknowns, steps=0)
+    found = replace(
+        found,
+        scalar=scalar,
+        factor=1 / scalar,
+        label=label,
+        label_deviation=jnp.full_like(label, jnp.nan),
+        scalar_deviation=jnp.full((), jnp.nan),
+        level=jnp.zeros(()),
+        agreeing=label == 0,
+        # Assumed, not shown.
+        surprise=jnp.zeros(()),
+        informative=jnp.zeros((), jnp.int32),
+        misfit=jnp.full((), jnp.nan),
+    )
+    return _single(found)
+
+
+def _single(found: Consensus) -> Explanations:
+    stacked = jax.tree.map(lambda leaf: leaf[None], found)
+    return Explanations(stacked, jnp.asarray(False), jnp.zeros_like(found.label))
+
+
+def _conclude(
+    equation: ScalarEquation,
+    factors: RankOneFactors,
+    explanations: Explanations,
+    unknowns: Unknowns,
+    weight: jax.Array,
+    method: str,
+    thorough: bool,
+) -> Recovery:
+    best: Consensus = jax.tree.map(lambda leaf: leaf[0], explanations.found)
+    number_of_classes, features = weight.shape
+    closed_form = not unknowns.scalar and not unknowns.scale
+    distinct = _distinct_logits(equation, best.scalar)
+    listed = explanations.found.surprise >= LISTED_SURPRISE
+    count = jnp.sum(best.agreeing)
+    singled = number_of_classes - count
+    tail = count > best.informative
+    # Two sets of as many agreeing classes share enough of them to fix lambda (three; two where lambda is known and
+    # only kappa is not): counted over all classes with coinciding logits left out, and over informative ones.
+    shared = 3 if unknowns.scalar else 2
+    by_theorem = (2 * count - number_of_classes - (number_of_classes - distinct) >= shared) & (
+        best.informative + tail - singled >= shared
+    )
+    alone = explanations.exhaustive & (jnp.sum(listed) == 1)
+    unique = (best.surprise >= UNIQUE_SURPRISE) & (by_theorem | alone)
+    signal = _has_signal(factors, features)
+    structured = listed[0]
+    if method == "idlg":
+        structured = jnp.asarray(True)
+        ambiguous, unique = signal, jnp.asarray(False)
+    elif closed_form:
+        ambiguous, unique = jnp.asarray(False), signal & jnp.all(jnp.isfinite(best.label))
+    else:
+        ambiguous = jnp.any(listed)
+    verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
+    verdict = jnp.where(unique, jnp.int32(Verdict.UNIQUE), verdict)
+    verdict = jnp.where(signal, verdict, jnp.int32(Verdict.NO_SIGNAL))
+    recovered = verdict >= Verdict.AMBIGUOUS
+
+    label = best.label
+    shaped = structured_label(best.label, best.label_deviation, best.agreeing, best.level)
+    label = jnp.where(structured, shaped, label)
+    norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
+    right = factors.right.astype(jnp.float64) / norm
+    square = jnp.sum(equation.left**2)
+    feature_variance = jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+    pull = explanations.feature_pull @ weight.astype(jnp.float64)
+    pull = pull - right * jnp.sum(right * pull)
+    feature = best.scalar * right - best.scalar**2 * feature_variance * pull
+
+    prediction = jax.nn.softmax(best.scalar * equation.direction + equation.offset)
+    expected = (prediction - label) / best.factor
+    mismatch = jnp.sqrt(jnp.sum((equation.left - expected) ** 2) / jnp.where(square == 0, 1.0, square))
+    interval = jnp.full((2,), jnp.nan)
+    if thorough and method == "exact":
+        interval = feasible_interval(equation, unknowns)
+        interval = jnp.where(verdict == Verdict.UNIDENTIFIABLE, interval, jnp.nan)
+
+    def known(values: jax.Array) -> jax.Array:
+        return jnp.where(recovered, values, jnp.nan)
+
+    smoothed = best.level > TOLERANCE * best.level_deviation
+    label_format = read_format(label, best.agreeing, smoothed)
+    dense = LabelFormat(
+        kind=jnp.int32(LabelKind.DENSE),
+        classes=jnp.full_like(label_format.classes, -1),
+        weights=jnp.zeros_like(label_format.weights),
+        count=jnp.int32(number_of_classes),
+        smoothing=jnp.zeros(()),
+    )
+    label_format = jax.tree.map(lambda a, b: jnp.where(structured, a, b), label_format, dense)
+    label_format = replace(
+        label_format,
+        kind=jnp.where(recovered, label_format.kind, jnp.int32(LabelKind.UNKNOWN)),
+        classes=jnp.where(recovered, label_format.classes, -1),
+        count=jnp.where(recovered, label_format.count, 0),
+        weights=known(label_format.weights),
+        smoothing=known(label_format.smoothing),
+    )
+    found = explanations.found
+    kept = listed & signal
+    return Recovery(
+        label=known(label),
+        feature=known(feature),
+        scalar=known(best.scalar),
+        scale=known(1 / (best.factor * best.scalar)) if unknowns.scale else known(jnp.ones(())),
+        format=label_format,
+        verdict=verdict,
+        interval=interval,
+        candidates=Candidates(
+            scalar=jnp.where(kept, found.scalar, jnp.nan),
+            scale=jnp.where(kept, 1 / (found.factor * found.scalar), jnp.nan),
+            label=jnp.where(kept[:, None], found.label, jnp.nan),
+            surprise=jnp.where(kept, found.surprise, jnp.nan),
+        ),
+        evidence=Evidence(
+            agreeing=count.astype(jnp.int32),
+            informative=best.informative,
+            distinct_logits=distinct,
+            surprise=best.surprise,
+            misfit=best.misfit,
+            scalar_deviation=best.scalar_deviation,
+            label_deviation=best.label_deviation,
+            rank_one_residual=factors.residual,
+            is_noiseless=factors.is_rounding,
+            residual=known(jnp.hypot(mismatch, factors.residual)),
+        ),
+    )
+
+
+def _distinct_logits(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
+    """() int32 number of logits that differ by more than their rounding."""
+    scalar = jnp.where(jnp.isfinite(scalar), scalar, 1.0)
+    logits = jnp.sort(scalar * equation.direction + equation.offset)
+    rounding = equation.roundoff * (jnp.abs(logits) + 0.2 * jnp.abs(scalar) * jnp.max(equation.weight_norm))
+    return 1 + jnp.sum(jnp.diff(logits) > TOLERANCE * rounding[1:], dtype=jnp.int32)
+
+
+def _has_signal(factors: RankOneFactors, features: int) -> jax.Array:
+    """Whether the leading singular value exceeds what noise of the measured size alone would have."""
+    number_of_classes = factors.left.size
+    noise = jnp.sqrt(jnp.mean(factors.row_noise**2))
+    # The largest singular value of C x d noise is sigma (sqrt C + sqrt d), up to a small spread.
+    edge = 1.1 * noise * (jnp.sqrt(1.0 * number_of_classes) + jnp.sqrt(1.0 * features))
+    strongest = jnp.max(jnp.abs(factors.left))
+    return (strongest > 0) & (jnp.sqrt(jnp.sum(factors.left**2)) > edge)

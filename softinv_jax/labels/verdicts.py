@@ -1,0 +1,141 @@
+"""What a recovery claims, and the result that carries the claim with its evidence."""
+
+import enum
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+__all__ = ["Candidates", "Evidence", "LabelFormat", "LabelKind", "Recovery", "Verdict", "verdict_names"]
+
+
+class Verdict(enum.IntEnum):
+    """How sure a recovery is.
+
+    Attributes:
+      NO_SIGNAL: the gradient is zero, or noise: nothing can be said.
+      UNIDENTIFIABLE: more labels than can be listed explain the gradient; see `Recovery.interval`.
+      AMBIGUOUS: a few labels explain it, or one whose structure could be an accident; see `Recovery.candidates`.
+      UNIQUE: no other soft label that singles out as few classes explains the gradient.
+    """
+
+    NO_SIGNAL = 0
+    UNIDENTIFIABLE = 1
+    AMBIGUOUS = 2
+    UNIQUE = 3
+
+
+def verdict_names(codes: object) -> np.ndarray:
+    """Verdict codes of any shape as lower-case strings."""
+    names = np.array([verdict.name.lower() for verdict in Verdict])
+    return names[np.asarray(codes)]
+
+
+class LabelKind(enum.IntEnum):
+    """Family of a recovered label. k-way mixup and CutMix have the form of mixup."""
+
+    UNKNOWN = 0
+    HARD = 1
+    SMOOTHING = 2
+    MIXUP = 3
+    SMOOTHED_MIXUP = 4
+    DENSE = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LabelFormat:
+    """The format read off a label y = (1 - smoothing) * mixture + smoothing / C.
+
+    Attributes:
+      kind: () int32, a `LabelKind`.
+      classes: (K,) int32, the classes singled out by falling weight, then -1; K = min(C, 8).
+      weights: (K,) their shares in the mixture, sum 1, then 0.
+      count: () int32, how many classes are singled out (may exceed K).
+      smoothing: () strength of label smoothing.
+    """
+
+    kind: jax.Array
+    classes: jax.Array
+    weights: jax.Array
+    count: jax.Array
+    smoothing: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Candidates:
+    """Distinct explanations, the best first; NaN where there are fewer than K.
+
+    Attributes:
+      scalar: (K,) lambda. scale: (K,) factor on the gradient. label: (K, C).
+      surprise: (K,) nats, see `Evidence.surprise`.
+    """
+
+    scalar: jax.Array
+    scale: jax.Array
+    label: jax.Array
+    surprise: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Evidence:
+    """Why the verdict is what it is.
+
+    Attributes:
+      agreeing: () int32, classes on which the label is one common level.
+      informative: () int32, those of them whose agreement could have failed.
+      distinct_logits: () int32, number of distinct logit directions among the C classes.
+      surprise: () nats by which this much agreement would surprise if the label were dense.
+      misfit: () mean squared deviation of the agreeing classes from their level, in units of the expected error.
+      scalar_deviation: () standard deviation of lambda. label_deviation: (C,) of the label's entries.
+      rank_one_residual: () part of the gradient that is not one outer product, relative.
+      is_noiseless: () bool, that part is explained by the rounding of the gradient's dtype.
+      residual: () relative distance between the gradient and scale (softmax(W x + b) - y) x^T as recovered.
+    """
+
+    agreeing: jax.Array
+    informative: jax.Array
+    distinct_logits: jax.Array
+    surprise: jax.Array
+    misfit: jax.Array
+    scalar_deviation: jax.Array
+    label_deviation: jax.Array
+    rank_one_residual: jax.Array
+    is_noiseless: jax.Array
+    residual: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recovery:
+    """What one gradient gives away. Under `vmap` every field has a leading axis.
+
+    Attributes:
+      label: (C,) soft label; NaN unless the verdict is unique or ambiguous (then the best candidate's).
+      feature: (d,) last-layer feature, likewise.
+      scalar: () lambda = |x| with the sign that goes with the singular vector.
+      scale: () factor between the observed gradient and dL/dW; 1 where the scale was known.
+      format: the label's format.
+      verdict: () int32, a `Verdict`.
+      interval: (2,) the lambda for which y is a valid label, where the verdict is unidentifiable.
+      candidates: distinct explanations.
+      evidence: why.
+      all but the integers in the dtype of the gradient, or float64 where that was given.
+    """
+
+    label: jax.Array
+    feature: jax.Array
+    scalar: jax.Array
+    scale: jax.Array
+    format: LabelFormat
+    verdict: jax.Array
+    interval: jax.Array
+    candidates: Candidates
+    evidence: Evidence
+
+    @property
+    def verdict_name(self) -> np.ndarray:
+        """The verdict as lower-case strings, in the shape of `verdict`."""
+        return verdict_names(self.verdict)

@@ -1,0 +1,61 @@
+"""Inverse and determinant of small positive definite matrices, from matrix products alone.
+
+Not `jnp.linalg`: XLA's CPU runtime runs batched LAPACK calls on its own worker threads and waits for them there, so
+that two such calls at once can hang a two-core machine for good (seen with jaxlib 0.10.1). A hang is worse than a
+few lines; these also run where no LAPACK is.
+"""
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["inverse_and_log_determinant"]
+
+DIRECT_SIZE = 32
+
+
+def inverse_and_log_determinant(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inverse and log-determinant of a symmetric positive definite matrix.
+
+    Scaled to a unit diagonal, then split in two halves by the Schur complement down to `DIRECT_SIZE`, where
+    Gauss-Jordan elimination needs no pivoting.
+
+    Args:
+      matrix: (n, n), floating.
+
+    Returns:
+      (n, n) inverse and () log-determinant; NaN where the matrix is not positive definite.
+    """
+    scale = jax.lax.rsqrt(jnp.diag(matrix))
+    inverse, log_determinant = _split(matrix * scale[:, None] * scale[None, :])
+    return inverse * scale[:, None] * scale[None, :], log_determinant - 2 * jnp.sum(jnp.log(scale))
+
+
+def _split(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    size = matrix.shape[0]
+    if size <= DIRECT_SIZE:
+        return _gauss_jordan(matrix)
+    half = size // 2
+    corner, log_first = _split(matrix[:half, :half])
+    side = corner @ matrix[:half, half:]
+    complement = matrix[half:, half:] - matrix[half:, :half] @ side
+    rest, log_second = _split((complement + complement.T) / 2)
+    cross = -side @ rest
+    inverse = jnp.block([[corner - cross @ side.T, cross], [cross.T, rest]])
+    return (inverse + inverse.T) / 2, log_first + log_second
+
+
+def _gauss_jordan(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    size = matrix.shape[0]
+    index = jnp.arange(size, dtype=jnp.int32)
+
+    def eliminate(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        work, log_determinant = state
+        chosen = index == step
+        column = jnp.sum(jnp.where(chosen[None, :], work, 0.0), axis=1)
+        row = jnp.sum(jnp.where(chosen[:, None], work, 0.0), axis=0)
+        pivot = jnp.sum(jnp.where(chosen, row, 0.0))
+        row, column = jnp.where(chosen, 1.0, row), jnp.where(chosen, -1.0, column)
+        kept = jnp.where(chosen[:, None] | chosen[None, :], 0.0, work)
+        return kept - column[:, None] * row[None, :] / pivot, log_determinant + jnp.log(pivot)
+
+    return jax.lax.fori_loop(0, size, eliminate, (matrix, jnp.zeros((), matrix.dtype)))

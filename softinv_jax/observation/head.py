@@ -1,0 +1,193 @@
+"""What the observer sees of a head: its parameters and the gradient, checked; and where it lies in a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+__all__ = ["HEAD_NAMES", "Observation", "find_head", "observe", "observe_head"]
+
+HEAD_NAMES = ("head", "classifier", "fc", "linear", "logits", "output", "predictions")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Observation:
+    """One last dense layer z = W x + b and the gradient of one example's loss; for many, `vmap` or a leading axis.
+
+    Attributes:
+      weight: (C, d) W.
+      weight_gradient: (C, d) dL/dW, or (N, C, d) for N examples.
+      bias: (C,) b, or None for a head without one.
+      bias_gradient: (C,) or (N, C) dL/db, or None.
+    """
+
+    weight: jax.Array
+    weight_gradient: jax.Array
+    bias: jax.Array | None = None
+    bias_gradient: jax.Array | None = None
+
+
+def observe(
+    weight: ArrayLike,
+    weight_gradient: ArrayLike,
+    bias: ArrayLike | None = None,
+    bias_gradient: ArrayLike | None = None,
+) -> Observation:
+    """Check shapes, dtypes and values and bundle them.
+
+    Args:
+      weight: (C, d), floating. weight_gradient: (C, d) or (N, C, d), floating.
+      bias: (C,) and bias_gradient: (C,) or (N, C), or neither.
+
+    Raises:
+      ValueError: naming the array and what is wrong with it: a shape that does not fit, fewer than 3 classes, a
+        dtype that is not floating, NaN or infinite entries, or one of bias and bias_gradient without the other.
+    """
+    if (bias is None) != (bias_gradient is None):
+        given, missing = ("bias", "bias_gradient") if bias_gradient is None else ("bias_gradient", "bias")
+        raise ValueError(
+            f"{given} is given without {missing}; give both, or neither for a head without a bias"
+            " (a zero bias is np.zeros(C))"
+        )
+    arrays = {"weight": weight, "weight_gradient": weight_gradient}
+    if bias is not None and bias_gradient is not None:
+        arrays |= {"bias": bias, "bias_gradient": bias_gradient}
+    checked = {name: _floating(name, value) for name, value in arrays.items()}
+    _check_shapes(checked)
+    for name, value in checked.items():
+        _check_finite(name, value)
+    return Observation(**checked)
+
+
+def _floating(name: str, value: ArrayLike) -> jax.Array:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        value = np.asarray(value)
+        dtype = value.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, but its dtype is {dtype}; convert it with .astype(np.float32)")
+    if isinstance(value, jax.Array):
+        return value
+    with jax.enable_x64(True):  # A float64 gradient keeps its digits, whatever the caller's default.
+        return jnp.asarray(value)
+
+
+def _check_shapes(arrays: Mapping[str, jax.Array]) -> None:
+    weight, gradient = arrays["weight"], arrays["weight_gradient"]
+    if weight.ndim != 2 or weight.size == 0:
+        raise ValueError(f"weight must have shape (C, d), but it has shape {weight.shape}")
+    number_of_classes = weight.shape[0]
+    if number_of_classes < 3:
+        raise ValueError(
+            f"weight has C = {number_of_classes} rows; soft labels can be told apart only from C = 3 classes on"
+            f" (is weight transposed? it has shape {weight.shape}, and (C, d) is expected)"
+        )
+    if gradient.ndim not in (2, 3) or gradient.shape[-2:] != weight.shape or 0 in gradient.shape:
+        raise ValueError(
+            f"weight_gradient must have shape (C, d) = {weight.shape} or (N, C, d) with N >= 1, but it has shape"
+            f" {gradient.shape}"
+        )
+    if "bias" in arrays:
+        if arrays["bias"].shape != (number_of_classes,):
+            raise ValueError(f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}")
+        expected = (*gradient.shape[:-2], number_of_classes)
+        if arrays["bias_gradient"].shape != expected:
+            raise ValueError(f"bias_gradient must have shape {expected}, not {arrays['bias_gradient'].shape}")
+
+
+def _check_finite(name: str, value: jax.Array) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return  # Values are unknown while tracing; the recovery then gives NaN and an honest verdict.
+    finite = np.isfinite(np.asarray(value))
+    if not finite.all():
+        index = tuple(int(i) for i in np.argwhere(~finite)[0])
+        count = int((~finite).sum())
+        raise ValueError(
+            f"{name} holds {count} entries that are not finite, the first {np.asarray(value)[index]} at index"
+            f" {index}; leave out the samples concerned"
+        )
+
+
+def find_head(
+    parameters: Mapping[str, Any], *, name: str | None = None, number_of_classes: int | None = None
+) -> str:
+    """Path of the last dense layer in a parameter pytree, by shape and name, never by position.
+
+    A dense layer is a mapping with a 2-D `kernel` (d, C) or `weight` (C, d). Among them the head is the one called
+    `name`; or the only one with `number_of_classes` outputs; or the only one whose outputs no other dense layer
+    takes in; ties go to a name of `HEAD_NAMES`.
+
+    Returns:
+      The path with parts joined by "/", for example "head".
+
+    Raises:
+      ValueError: no dense layer, or several that fit; the message lists them.
+    """
+    layers = _dense_layers(parameters)
+    if not layers:
+        raise ValueError("no dense layer (2-D 'kernel' or 'weight') in these parameters")
+    listing = ", ".join(f"{path} ({inputs} -> {outputs})" for path, (inputs, outputs) in layers.items())
+    fitting = dict(layers)
+    if name is not None:
+        fitting = {path: size for path, size in layers.items() if name in (path, path.rsplit("/", 1)[-1])}
+    if number_of_classes is not None:
+        fitting = {path: size for path, size in fitting.items() if size[1] == number_of_classes}
+    if len(fitting) > 1:
+        taken_in = {inputs for inputs, _ in layers.values()}
+        fitting = {path: size for path, size in fitting.items() if size[1] not in taken_in} or fitting
+    if len(fitting) > 1:
+        named = {path: size for path, size in fitting.items() if path.rsplit("/", 1)[-1] in HEAD_NAMES}
+        fitting = named or fitting
+    if len(fitting) != 1:
+        asked = f"name={name!r}, number_of_classes={number_of_classes}"
+        raise ValueError(f"{len(fitting)} of the dense layers fit {asked}; name the head. Dense layers: {listing}")
+    return next(iter(fitting))
+
+
+def _dense_layers(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, int]]:
+    layers: dict[str, tuple[int, int]] = {}
+    for key, value in parameters.items():
+        if not isinstance(value, Mapping):
+            continue
+        path = f"{prefix}{key}"
+        if getattr(value.get("kernel"), "ndim", 0) == 2:
+            layers[path] = (value["kernel"].shape[0], value["kernel"].shape[1])
+        elif getattr(value.get("weight"), "ndim", 0) == 2:
+            layers[path] = (value["weight"].shape[1], value["weight"].shape[0])
+        layers |= _dense_layers(value, f"{path}/")
+    return layers
+
+
+def observe_head(
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    number_of_classes: int | None = None,
+) -> Observation:
+    """The observation of the head of a whole model.
+
+    Args:
+      parameters: nested mapping of layers, as flax linen makes them (`kernel` (d, C)) or with `weight` (C, d).
+      gradients: the same structure, with or without a leading axis of examples.
+      name, number_of_classes: see `find_head`.
+
+    Raises:
+      ValueError: from `find_head` or `observe`, or where the gradients lack the head.
+    """
+    path = find_head(parameters, name=name, number_of_classes=number_of_classes)
+    layer, gradient = parameters, gradients
+    for part in path.split("/"):
+        if part not in gradient:
+            raise ValueError(f"the gradients have no layer {path!r}, the parameters' head")
+        layer, gradient = layer[part], gradient[part]
+    if "kernel" in layer:
+        weight, weight_gradient = jnp.swapaxes(layer["kernel"], -1, -2), jnp.swapaxes(gradient["kernel"], -1, -2)
+    else:
+        weight, weight_gradient = layer["weight"], gradient["weight"]
+    return observe(weight, weight_gradient, layer.get("bias"), gradient.get("bias"))
