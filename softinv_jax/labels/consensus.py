@@ -1,6 +1,5 @@
 """The scalar on which most classes agree, polished on all of them: recovery without knowing the label's format."""
 
-
 from dataclasses import dataclass
 
 import jax
@@ -33,7 +32,7 @@ class Consensus:
       agreeing: (C,) bool.
       label: (C,) y = softmax(lambda z + b) - kappa u, unstructured.
       label_deviation: (C,) standard deviations of its entries.
-      surprise: () nats: minus the logarithm of how many sets of as many classes a dense label would be expected
+      surprise: () nats (not positive where the fit did not converge or misses the expected errors): minus the logarithm of how many sets of as many classes a dense label would be expected
         to show in agreement by accident.
       informative: () int32, agreeing classes whose softmax entry exceeds its error: only these can contradict
         another lambda.
@@ -129,7 +128,7 @@ def polish_consensus(
     Args:
       equation: the scalar equation.
       scalar, factor, level: () the hypothesis to start from.
-      drift: (C,) how far its errors can move each label entry; allowed for when classes are first chosen.
+      drift: (C,) how far its errors can move each label entry from its level; allowed for when classes are first chosen.
       unknowns: static.
       steps: static; 0 only describes the given point.
     """
@@ -162,12 +161,13 @@ def polish_consensus(
             free = project(slope, left) if unknowns.scale else slope
             information = jnp.sum(weights * free**2)
             scalar_variance = 1 / information
-            scalar_step = -jnp.sum(weights * free * residual) * scalar_variance
+            step = -jnp.sum(weights * free * residual) / information
+            scalar_step = jnp.where(information > 0, step, 0.0)
         factor_step, factor_variance = jnp.zeros(()), jnp.zeros(())
         if unknowns.scale:
             remaining = residual + slope * scalar_step if unknowns.scalar else residual
             information = jnp.sum(weights * left**2)
-            factor_step = jnp.sum(weights * left * remaining) / information
+            factor_step = jnp.where(information > 0, jnp.sum(weights * left * remaining) / information, 0.0)
             factor_variance = 1 / information
             if unknowns.scalar:
                 correlation = jnp.sum(weights * left * slope) / information
@@ -190,7 +190,7 @@ def polish_consensus(
 
     def choose(scalar: jax.Array, factor: jax.Array, level: jax.Array, allowance: jax.Array) -> jax.Array:
         _, label, deviation = evaluate(scalar, factor)
-        return jnp.abs(label - level) <= TOLERANCE * (deviation + allowance)
+        return jnp.abs(label - level) <= TOLERANCE * deviation + allowance
 
     def step(index: int, state: tuple) -> tuple:
         scalar, factor, _, agreeing = state
@@ -200,13 +200,19 @@ def polish_consensus(
         total = jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float64).tiny)
         level = jnp.sum(weights * label) / total
         # A class sharper than all that set the level so far may disagree with it by the level's own error.
-        kept = choose(scalar, factor, level, jnp.broadcast_to(jax.lax.rsqrt(total), drift.shape))
+        allowance = TOLERANCE * jnp.where(jnp.any(agreeing), jax.lax.rsqrt(total), 0.0)
+        kept = choose(scalar, factor, level, jnp.broadcast_to(allowance, drift.shape))
         return scalar, factor, level, jnp.where(index == 0, agreeing, kept)
 
-    start = (scalar, factor, level, choose(scalar, factor, level, drift))
+    # Two deviations of the hypothesis: enough to start from most of the classes, few enough to keep others out.
+    start = (scalar, factor, level, choose(scalar, factor, level, 2 * drift))
     scalar, factor, level, agreeing = jax.lax.fori_loop(0, steps, step, start)
     prediction, label, deviation = evaluate(scalar, factor)
-    _, _, level, scalar_variance, factor_variance, level_variance = solve(scalar, factor, agreeing)
+    solution = solve(scalar, factor, agreeing)
+    _, _, level, scalar_variance, factor_variance, level_variance = solution
+    converged = (jnp.abs(solution[0]) <= jnp.sqrt(scalar_variance) + 1e-9 * jnp.abs(scalar)) & (
+        jnp.abs(solution[1]) <= jnp.sqrt(factor_variance) + 1e-9 * jnp.abs(factor)
+    )
     spread = deviation**2 + (equation.left**2) * factor_variance
     if unknowns.scalar:
         derivative = _scalar_derivative(equation, scalar, prediction, unknowns)
@@ -228,6 +234,11 @@ def polish_consensus(
     # The fitted parameters make as many classes agree for free; the sharpest ones, to be safe.
     surprise = jnp.sum(nats) - fitted * jnp.max(nats) - choices
     sharp = jnp.minimum(prediction, jnp.abs(gradient)) > TOLERANCE * deviation
+    # A mean square of the residuals this far above 1 is no error: chi^2 / n spreads by sqrt(2 / n).
+    fits = misfit <= 1 + TOLERANCE * jnp.sqrt(2 / freedom)
+    if steps > 0:
+        fits = fits & converged
+    surprise = jnp.where(fits, surprise, jnp.minimum(surprise, 0.0))
     informative = jnp.sum(agreeing & sharp, dtype=jnp.int32)
     return Consensus(
         scalar,

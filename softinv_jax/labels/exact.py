@@ -21,6 +21,8 @@ __all__ = ["Explanations", "explain_by_consensus", "explain_by_likelihood"]
 FAST_TRIPLES = 24
 THOROUGH_TRIPLES = 256
 LIKELIHOOD_STARTS = 4
+POLISHED = 6
+LISTED = 3
 
 
 @jax.tree_util.register_dataclass
@@ -51,37 +53,55 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorou
     hypotheses = solve_hypotheses(equation, plan, unknowns)
     score = score_hypotheses(equation, hypotheses, unknowns)
     drift = hypothesis_drift(equation, hypotheses, unknowns)
-    found = []
-    for _ in range(3 if thorough else 1):
-        best = argmax(score)
-        consensus = polish_consensus(
+    drift = drift + hypotheses.level_deviation[:, None]
+
+    def polish(index: jax.Array) -> Consensus:
+        return polish_consensus(
             equation,
-            hypotheses.scalar[best],
-            hypotheses.factor[best],
-            hypotheses.level[best],
-            drift[best],
+            hypotheses.scalar[index],
+            hypotheses.factor[index],
+            hypotheses.level[index],
+            drift[index],
             unknowns,
         )
-        # What lies within its own errors of this explanation is the same one.
-        same = jnp.abs(hypotheses.scalar - consensus.scalar) <= TOLERANCE * (
-            hypotheses.scalar_deviation + consensus.scalar_deviation
-        )
-        same = same & (
-            jnp.abs(hypotheses.factor - consensus.factor)
-            <= TOLERANCE * (hypotheses.factor_deviation + consensus.factor_deviation)
-            + 1e-3 * jnp.abs(consensus.factor)
-        )
-        same = same | (jnp.arange(score.size, dtype=jnp.int32) == best)
-        # Without nats beyond its own triple a hypothesis explains nothing.
-        consensus = replace(
-            consensus, surprise=jnp.where(score[best] > 0, consensus.surprise, jnp.minimum(consensus.surprise, 0.0))
-        )
-        found.append(consensus)
-        score = jnp.where(same, -1.0, score)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-    # Exhaustive, and no more significant explanation left over than are listed.
-    exhaustive = jnp.asarray(plan.exhaustive) & (jnp.max(score) <= 0)
-    return Explanations(stacked, exhaustive, jnp.zeros((number_of_classes,)))
+
+    if not thorough:
+        consensus = polish(argmax(score))
+        found = jax.tree.map(lambda leaf: leaf[None], consensus)
+        return Explanations(found, jnp.asarray(plan.exhaustive), jnp.zeros((number_of_classes,)))
+
+    # The best few, and the best few of those that contradict the very best.
+    first = argmax(score)
+    elsewhere = _apart(hypotheses.scalar, hypotheses.scalar_deviation, first) | _apart(
+        hypotheses.factor, hypotheses.factor_deviation, first
+    )
+    chosen = jnp.concatenate(
+        [argsort(-score)[:POLISHED], argsort(-jnp.where(elsewhere, score, -jnp.inf))[:POLISHED]]
+    )
+    polished = jax.vmap(polish)(chosen)
+    found = _distinct(polished)
+    # Contradicting hypotheses beyond those polished would go unseen.
+    seen = jnp.sum(elsewhere & (score > 0)) <= POLISHED
+    return Explanations(found, jnp.asarray(plan.exhaustive) & seen, jnp.zeros((number_of_classes,)))
+
+
+def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Which values differ from the chosen one by more than their errors."""
+    return jnp.abs(values - values[chosen]) > TOLERANCE * (deviations + deviations[chosen])
+
+
+def _distinct(polished: Consensus) -> Consensus:
+    """The `LISTED` best consensuses with different classes in agreement; surprise -inf where there are fewer."""
+    surprise = jnp.where(jnp.isnan(polished.surprise), -jnp.inf, polished.surprise)
+    picks, left = [], surprise
+    for _ in range(LISTED):
+        best = argmax(left)
+        picks.append((best, left[best]))
+        same = jnp.all(polished.agreeing == polished.agreeing[best][None, :], axis=1)
+        left = jnp.where(same, -jnp.inf, left)
+    order = jnp.stack([index for index, _ in picks])
+    found = jax.tree.map(lambda leaf: leaf[order], polished)
+    return replace(found, surprise=jnp.stack([value for _, value in picks]))
 
 
 def explain_by_likelihood(
@@ -96,7 +116,7 @@ def explain_by_likelihood(
     plan = plan_triples(equation.direction.size, THOROUGH_TRIPLES)
     hypotheses = solve_hypotheses(equation, plan, unknowns)
     order = argsort(-score_hypotheses(equation, hypotheses, unknowns))[:LIKELIHOOD_STARTS]
-    drift = hypothesis_drift(equation, hypotheses, unknowns)
+    drift = hypothesis_drift(equation, hypotheses, unknowns) + hypotheses.level_deviation[:, None]
 
     def start(index: jax.Array) -> Consensus:
         return polish_consensus(
@@ -136,7 +156,9 @@ def explain_by_likelihood(
         scalar_deviation=fit.scalar_deviation,
         misfit=fit.misfit,
     )
-    none = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described)
+    none = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described
+    )
     none = replace(none, surprise=jnp.full_like(described.surprise, -jnp.inf))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), described, none, none)
     return Explanations(stacked, jnp.asarray(False), fit.feature_pull)

@@ -23,7 +23,9 @@ def structured_label(
     variance = jnp.where(targets, deviation**2, 0.0)
     total = jnp.sum(variance)
     missing = 1 - jnp.sum(jnp.where(targets, label, level))
-    share = jnp.where(total > 0, variance / jnp.where(total > 0, total, 1.0), targets / jnp.maximum(jnp.sum(targets), 1))
+    share = jnp.where(
+        total > 0, variance / jnp.where(total > 0, total, 1.0), targets / jnp.maximum(jnp.sum(targets), 1)
+    )
     structured = jnp.where(targets, label + missing * share, level)
     return jnp.where(jnp.any(targets), structured, 1 / label.size)
 
@@ -44,7 +46,9 @@ def read_format(label: jax.Array, agreeing: jax.Array, smoothed: jax.Array) -> L
     count = jnp.sum(~agreeing, dtype=jnp.int32)
     position = jnp.arange(listed, dtype=jnp.int32)
     plain = jnp.where(count == 1, jnp.int32(LabelKind.HARD), jnp.int32(LabelKind.MIXUP))
-    with_smoothing = jnp.where(count <= 1, jnp.int32(LabelKind.SMOOTHING), jnp.int32(LabelKind.SMOOTHED_MIXUP))
+    with_smoothing = jnp.where(
+        count <= 1, jnp.int32(LabelKind.SMOOTHING), jnp.int32(LabelKind.SMOOTHED_MIXUP)
+    )
     return LabelFormat(
         kind=jnp.where(smoothed, with_smoothing, plain),
         classes=jnp.where(position < count, order, -1),

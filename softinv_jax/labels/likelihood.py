@@ -85,7 +85,9 @@ def trimmed_starts(
         factor = 1 / scalar
         agreeing = jnp.ones(prediction.shape, bool)
         for trimming in range(3):
-            deviation = label_deviation(equation, scalar, factor, prediction, prediction - factor * equation.left)
+            deviation = label_deviation(
+                equation, scalar, factor, prediction, prediction - factor * equation.left
+            )
             weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
             weights = weights / jnp.sum(weights)
             centred_p = prediction - jnp.sum(weights * prediction)
@@ -126,7 +128,9 @@ def fit_likelihood(
     order = argsort(agreeing.astype(jnp.float64))[: min(TARGET_SLOTS, max(number_of_classes - 4, 1))]
     active = ~agreeing[order]
 
-    def model(scalar: jax.Array, factor: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def model(
+        scalar: jax.Array, factor: jax.Array, shift: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset + shift)
         softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
         raw = prediction - factor * equation.left
@@ -217,7 +221,9 @@ def fit_likelihood(
         score = centre @ step.whitened_residual
         information = jnp.sum(centre * (precision @ centre), axis=0)
         taken = jnp.any(jax.nn.one_hot(slots, number_of_classes) * active[:, None] > 0, axis=0)
-        gain = jnp.where(taken | (information <= 0), 0.0, score**2 / jnp.where(information > 0, information, 1.0))
+        gain = jnp.where(
+            taken | (information <= 0), 0.0, score**2 / jnp.where(information > 0, information, 1.0)
+        )
         level = (1 - counted @ state[2]) / number_of_classes
         # Its entry would have to be negative: not a label.
         gain = jnp.where(score < -level * information, 0.0, gain)
@@ -253,7 +259,12 @@ def fit_likelihood(
         state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
         slots, active_next, sum_precision = reconsider(state, slots, active)
         scalar, factor, weights, shift = state
-        return (scalar, factor, jnp.where(active_next, weights, 0.0), shift), slots, active_next, sum_precision
+        return (
+            (scalar, factor, jnp.where(active_next, weights, 0.0), shift),
+            slots,
+            active_next,
+            sum_precision,
+        )
 
     raw = jax.nn.softmax(scalar * equation.direction + equation.offset) - factor * equation.left
     level = (1 - jnp.sum(jnp.where(agreeing, 0.0, raw))) / jnp.maximum(jnp.sum(agreeing), 1)
@@ -272,7 +283,11 @@ def fit_likelihood(
     label = weights_to_label(weights, slots, active)
     label_deviation_ = jnp.sqrt(label_variance)
     prices = jnp.where(active, singling_price(jnp.sqrt(jnp.diag(inverse)[2:])), 0.0)
-    below_zero = jnp.where(label_deviation_ > 0, jnp.minimum(label / jnp.where(label_deviation_ > 0, label_deviation_, 1.0), 0.0), 0.0)
+    below_zero = jnp.where(
+        label_deviation_ > 0,
+        jnp.minimum(label / jnp.where(label_deviation_ > 0, label_deviation_, 1.0), 0.0),
+        0.0,
+    )
     # In terms of the observed u, whose errors do not depend on kappa.
     log_determinant = final.log_determinant - 2 * number_of_classes * jnp.log(jnp.abs(factor))
     share_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :]))

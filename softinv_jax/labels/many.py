@@ -48,7 +48,9 @@ def recover_many(
     )
     gradient = observation.weight_gradient
     if gradient.ndim != 3:
-        raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
+        raise ValueError(
+            f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one"
+        )
     examples = gradient.shape[0]
     options = dict(method=method, unknown_scale=unknown_scale, label_format=label_format)
     chunk = max(1, min(examples, CHUNK_BYTES // (gradient[0].size * gradient.dtype.itemsize)))
@@ -112,7 +114,10 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observat
         return None if values is None else jnp.asarray(values[pick])
 
     return Observation(
-        observation.weight, take(observation.weight_gradient), observation.bias, take(observation.bias_gradient)
+        observation.weight,
+        take(observation.weight_gradient),
+        observation.bias,
+        take(observation.bias_gradient),
     )
 
 
@@ -131,7 +136,9 @@ def _stack(parts: list[Recovery], examples: int) -> Recovery:
 
 def _merge(result: Recovery, sharper: Recovery, indices: np.ndarray) -> Recovery:
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        if old.ndim > 1 and old.shape[1:] != new.shape[1:]:  # More candidates are listed by the thorough search.
+        if (
+            old.ndim > 1 and old.shape[1:] != new.shape[1:]
+        ):  # More candidates are listed by the thorough search.
             padded = np.full((old.shape[0], *new.shape[1:]), np.nan, old.dtype)
             padded[tuple(slice(0, n) for n in old.shape)] = old
             old = padded

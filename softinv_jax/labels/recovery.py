@@ -79,7 +79,9 @@ def recover(
     has_bias = observation.bias is not None
     if method == "variance":
         if label_format not in FORMATS:
-            raise ValueError(f"method 'variance' needs label_format, one of {tuple(FORMATS)}, not {label_format!r}")
+            raise ValueError(
+                f"method 'variance' needs label_format, one of {tuple(FORMATS)}, not {label_format!r}"
+            )
         if has_bias or unknown_scale:
             raise ValueError("method 'variance' needs a bias-free head and a known scale; use method 'exact'")
     elif label_format is not None:
@@ -140,7 +142,9 @@ def _scalar_equation(
     direction_deviation = zeros
     if thorough:
         square = jnp.sum(factors.left**2)
-        feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+        feature_variance = (
+            jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+        )
         if has_bias:
             # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
             tied = weight64.at[:, -1].add(-scalar * direction)
@@ -176,7 +180,9 @@ def _hard_explanation(equation: ScalarEquation, factors: RankOneFactors, unknown
     label = jax.nn.one_hot(chosen, equation.left.size, dtype=jnp.float64)
     one = jnp.ones(())
     scalar = equation.known_scalar if not unknowns.scalar else jnp.full((), jnp.nan)
-    found = polish_consensus(equation, one, one, jnp.zeros(()), jnp.full_like(label, jnp.inf), unknowns, steps=0)
+    found = polish_consensus(
+        equation, one, one, jnp.zeros(()), jnp.full_like(label, jnp.inf), unknowns, steps=0
+    )
     found = replace(
         found,
         scalar=scalar,
@@ -212,7 +218,8 @@ def _conclude(
     number_of_classes, features = weight.shape
     closed_form = not unknowns.scalar and not unknowns.scale
     distinct = _distinct_logits(equation, best.scalar)
-    listed = explanations.found.surprise >= LISTED_SURPRISE
+    found = explanations.found
+    listed = found.surprise >= LISTED_SURPRISE
     count = jnp.sum(best.agreeing)
     singled = number_of_classes - count
     tail = count > best.informative
@@ -223,7 +230,7 @@ def _conclude(
         best.informative + tail - singled >= shared
     )
     alone = explanations.exhaustive & (jnp.sum(listed) == 1)
-    unique = (best.surprise >= UNIQUE_SURPRISE) & (by_theorem | alone)
+    unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & (by_theorem | alone)
     signal = _has_signal(factors, features)
     structured = listed[0]
     if method == "idlg":
@@ -244,7 +251,9 @@ def _conclude(
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
     square = jnp.sum(equation.left**2)
-    feature_variance = jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+    feature_variance = (
+        jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+    )
     pull = explanations.feature_pull @ weight.astype(jnp.float64)
     pull = pull - right * jnp.sum(right * pull)
     feature = best.scalar * right - best.scalar**2 * feature_variance * pull
@@ -278,7 +287,6 @@ def _conclude(
         weights=known(label_format.weights),
         smoothing=known(label_format.smoothing),
     )
-    found = explanations.found
     kept = listed & signal
     return Recovery(
         label=known(label),

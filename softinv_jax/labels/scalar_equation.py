@@ -86,9 +86,7 @@ def label_deviation(
     """
     like = prediction.shape
     scale = jnp.abs(scalar)[..., None]
-    rounding = equation.roundoff * (
-        1 + 0.2 * scale * jnp.broadcast_to(equation.weight_norm, like)
-    )
+    rounding = equation.roundoff * (1 + 0.2 * scale * jnp.broadcast_to(equation.weight_norm, like))
     logit = jnp.hypot(rounding, scale * jnp.broadcast_to(equation.direction_deviation, like))
     noise = jnp.abs(factor)[..., None] * jnp.broadcast_to(equation.left_deviation, like)
     stored = equation.roundoff * jnp.abs(label)

@@ -34,9 +34,7 @@ def label_bound(
     sloped = slope @ weight
     square = feature @ feature
     cross = np.outer(sloped.T @ gradient, feature)
-    feature_block = (
-        square * sloped.T @ sloped + cross + cross.T + gradient @ gradient * np.eye(feature.size)
-    )
+    feature_block = square * sloped.T @ sloped + cross + cross.T + gradient @ gradient * np.eye(feature.size)
     mixed_block = -(square * sloped.T @ by_target + np.outer(feature, gradient @ by_target))
     target_block = square * by_target.T @ by_target
     information = target_block - mixed_block.T @ np.linalg.solve(feature_block, mixed_block)

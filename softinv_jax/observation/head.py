@@ -70,7 +70,9 @@ def _floating(name: str, value: ArrayLike) -> jax.Array:
         value = np.asarray(value)
         dtype = value.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating, but its dtype is {dtype}; convert it with .astype(np.float32)")
+        raise ValueError(
+            f"{name} must be floating, but its dtype is {dtype}; convert it with .astype(np.float32)"
+        )
     if isinstance(value, jax.Array):
         return value
     with jax.enable_x64(True):  # A float64 gradient keeps its digits, whatever the caller's default.
@@ -94,7 +96,9 @@ def _check_shapes(arrays: Mapping[str, jax.Array]) -> None:
         )
     if "bias" in arrays:
         if arrays["bias"].shape != (number_of_classes,):
-            raise ValueError(f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}")
+            raise ValueError(
+                f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}"
+            )
         expected = (*gradient.shape[:-2], number_of_classes)
         if arrays["bias_gradient"].shape != expected:
             raise ValueError(f"bias_gradient must have shape {expected}, not {arrays['bias_gradient'].shape}")
@@ -145,7 +149,9 @@ def find_head(
         fitting = named or fitting
     if len(fitting) != 1:
         asked = f"name={name!r}, number_of_classes={number_of_classes}"
-        raise ValueError(f"{len(fitting)} of the dense layers fit {asked}; name the head. Dense layers: {listing}")
+        raise ValueError(
+            f"{len(fitting)} of the dense layers fit {asked}; name the head. Dense layers: {listing}"
+        )
     return next(iter(fitting))
 
 
@@ -187,7 +193,10 @@ def observe_head(
             raise ValueError(f"the gradients have no layer {path!r}, the parameters' head")
         layer, gradient = layer[part], gradient[part]
     if "kernel" in layer:
-        weight, weight_gradient = jnp.swapaxes(layer["kernel"], -1, -2), jnp.swapaxes(gradient["kernel"], -1, -2)
+        weight, weight_gradient = (
+            jnp.swapaxes(layer["kernel"], -1, -2),
+            jnp.swapaxes(gradient["kernel"], -1, -2),
+        )
     else:
         weight, weight_gradient = layer["weight"], gradient["weight"]
     return observe(weight, weight_gradient, layer.get("bias"), gradient.get("bias"))
