@@ -78,9 +78,7 @@ class ImageDataset:
             raise ValueError(f"Expected integer classes ({images.shape[0]},), got {found}. One an image.")
         if classes.min() < 0 or classes.max() >= len(class_names):
             found = f"{classes.min()} to {classes.max()}"
-            raise ValueError(
-                f"Classes go from {found} with {len(class_names)} class_names. Name every class."
-            )
+            raise ValueError(f"Classes go from {found} with {len(class_names)} class_names. Name every class.")
         mean, std = _channel_statistics(images)
         if min(std) == 0.0:
             raise ValueError(f"Expected std={std} > 0 in every channel. Give images that are not constant.")

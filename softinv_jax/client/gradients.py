@@ -107,9 +107,7 @@ def model_gradient(apply_fn: ApplyFunction, parameters: Any, image: ArrayLike, l
 
 
 @partial(jax.jit, static_argnames="apply_fn")
-def per_sample_model_gradients(
-    apply_fn: ApplyFunction, parameters: Any, images: ArrayLike, labels: ArrayLike
-) -> Any:
+def per_sample_model_gradients(apply_fn: ApplyFunction, parameters: Any, images: ArrayLike, labels: ArrayLike) -> Any:
     """Gradients of N examples, each by itself, compiled.
 
     The result holds N copies of the model's size: take large models in pieces. It compiles once for each

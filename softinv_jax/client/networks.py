@@ -231,16 +231,12 @@ def _parameter_shapes(network: nn.Module, key: jax.Array, image_shape: tuple[int
 
 def _draw(key: jax.Array, shapes: Shapes, bounds: dict[tuple[str, ...], float]) -> Parameters:
     paths = sorted(shapes)
-    leaves = _draw_leaves(
-        key, tuple(shapes[path] for path in paths), tuple(float(bounds[path]) for path in paths)
-    )
+    leaves = _draw_leaves(key, tuple(shapes[path] for path in paths), tuple(float(bounds[path]) for path in paths))
     return unflatten_dict(dict(zip(paths, leaves, strict=True)))
 
 
 @partial(jax.jit, static_argnames=("shapes", "bounds"))
-def _draw_leaves(
-    key: jax.Array, shapes: tuple[tuple[int, ...], ...], bounds: tuple[float, ...]
-) -> list[jax.Array]:
+def _draw_leaves(key: jax.Array, shapes: tuple[tuple[int, ...], ...], bounds: tuple[float, ...]) -> list[jax.Array]:
     # One draw for all leaves: compiling one per shape would take seconds.
     ends = list(accumulate(math.prod(shape) for shape in shapes))
     pieces = jnp.split(jax.random.uniform(key, (ends[-1],), jnp.float32, -1.0, 1.0), ends[:-1])

@@ -173,7 +173,7 @@ def _flat_dirichlet(key: jax.Array, size: int) -> jax.Array:
     return draws / jnp.sum(draws)
 
 
-def sample_batch(  # noqa: PLR0917 - the pool is four arguments
+def sample_batch(
     key: jax.Array,
     family: str,
     images: ArrayLike,
@@ -236,9 +236,7 @@ def _check_pool(images: jax.Array, classes: np.ndarray, number_of_classes: int) 
         raise ValueError(f"Expected float images and integer classes, got {types}. Normalise the images.")
     if classes.min() < 0 or classes.max() >= number_of_classes:
         limits = f"{classes.min()} to {classes.max()}"
-        raise ValueError(
-            f"Classes go from {limits}, outside number_of_classes={number_of_classes}. Raise it."
-        )
+        raise ValueError(f"Classes go from {limits}, outside number_of_classes={number_of_classes}. Raise it.")
 
 
 @partial(jax.jit, static_argnames="settings")

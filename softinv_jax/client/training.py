@@ -162,9 +162,7 @@ def _epoch(
     order = jax.random.permutation(key_order, images.shape[0])[: steps * settings.batch_size]
     apply_network = apply_function(network)
 
-    def step(
-        carry: tuple[Any, Any], inputs: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[Any, Any], jax.Array]:
+    def step(carry: tuple[Any, Any], inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], jax.Array]:
         parameters, state = carry
         step_key, rows = inputs
         batch, labels = _soften(step_key, images[rows], classes[rows], ranges, settings)
@@ -193,9 +191,7 @@ def _soften(
     together = jnp.stack([jnp.roll(images, shift, axis=0) for shift in shifts], axis=1)
     classes_together = jnp.stack([jnp.roll(classes, shift) for shift in shifts], axis=1)
 
-    def make(
-        example_key: jax.Array, parts: jax.Array, part_classes: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def make(example_key: jax.Array, parts: jax.Array, part_classes: jax.Array) -> tuple[jax.Array, jax.Array]:
         family, number_of_classes = settings.family, settings.number_of_classes
         return compose(example_key, family, parts, part_classes, number_of_classes, **ranges)
 
@@ -224,9 +220,7 @@ def evaluate(
 
 
 @partial(jax.jit, static_argnames=("network", "batch_size"))
-def _evaluate(
-    parameters: Any, images: jax.Array, classes: jax.Array, network: nn.Module, batch_size: int
-) -> jax.Array:
+def _evaluate(parameters: Any, images: jax.Array, classes: jax.Array, network: nn.Module, batch_size: int) -> jax.Array:
     apply_network = apply_function(network)
 
     def predict(image: jax.Array) -> jax.Array:

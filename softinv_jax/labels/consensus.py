@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.float64 import take_rows
+from softinv_jax.float64 import argsort, take_rows
 from softinv_jax.labels.hypotheses import Hypotheses
 from softinv_jax.labels.scalar_equation import (
     TOLERANCE,
@@ -32,10 +32,11 @@ class Consensus:
       agreeing: (C,) bool.
       label: (C,) y = softmax(lambda z + b) - kappa u, unstructured.
       label_deviation: (C,) standard deviations of its entries.
-      surprise: () nats (not positive where the fit did not converge or misses the expected errors): minus the logarithm of how many sets of as many classes a dense label would be expected
+      surprise: () nats (not positive where the fit did not converge or misses the expected errors): minus the
+        logarithm of how many sets of as many classes a dense label would be expected
         to show in agreement by accident.
-      informative: () int32, agreeing classes whose softmax entry exceeds its error: only these can contradict
-        another lambda.
+      informative: () int32, how many distinguishable softmax entries the agreeing classes have: classes that share
+        one agree at every lambda alike. levels: () int32, the same among all classes.
       misfit: () mean over the agreeing classes of ((y - c) / deviation)^2 per degree of freedom.
       all float64.
     """
@@ -51,6 +52,7 @@ class Consensus:
     label_deviation: jax.Array
     surprise: jax.Array
     informative: jax.Array
+    levels: jax.Array
     misfit: jax.Array
 
 
@@ -103,6 +105,22 @@ def fitted_parameters(unknowns: Unknowns) -> int:
     return 1 + unknowns.scalar + unknowns.scale
 
 
+def _independent(prediction: jax.Array, margin: jax.Array, agreeing: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(C,) bool one agreeing class for each distinguishable softmax entry, and () how many entries there are at all.
+
+    Classes with one logit, or with entries too small to tell from zero, agree at every lambda if they do at one.
+    """
+    order = argsort(prediction.astype(jnp.float32))
+    entries, margins, agrees = prediction[order], margin[order], agreeing[order]
+    starts = jnp.concatenate([jnp.ones((1,), bool), jnp.diff(entries) > margins[1:]])
+    level = jnp.cumsum(starts, dtype=jnp.int32)
+    taken = jax.lax.cummax(jnp.where(agrees, level, 0))
+    before = jnp.concatenate([jnp.zeros((1,), jnp.int32), taken[:-1]])
+    first = agrees & (level > before)
+    chosen = jnp.zeros(agreeing.shape, bool).at[order].set(first, mode="promise_in_bounds", unique_indices=True)
+    return chosen, level[-1]
+
+
 def hypothesis_drift(equation: ScalarEquation, hypotheses: Hypotheses, unknowns: Unknowns) -> jax.Array:
     """(H, C) how far the errors of a hypothesis's own lambda and kappa move each label entry."""
     drift = jnp.abs(equation.left)[None, :] * hypotheses.factor_deviation[:, None]
@@ -128,7 +146,8 @@ def polish_consensus(
     Args:
       equation: the scalar equation.
       scalar, factor, level: () the hypothesis to start from.
-      drift: (C,) how far its errors can move each label entry from its level; allowed for when classes are first chosen.
+      drift: (C,) how far its errors can move each label entry from its level; allowed for when classes are first
+        chosen.
       unknowns: static.
       steps: static; 0 only describes the given point.
     """
@@ -224,7 +243,9 @@ def polish_consensus(
     misfit = jnp.sum(jnp.where(agreeing, ((label - level) / deviation) ** 2, 0.0)) / freedom
     count = jnp.sum(agreeing)
     gradient = factor * equation.left
-    nats = jnp.where(agreeing, _surprise(TOLERANCE * deviation, gradient), 0.0)
+    margin = TOLERANCE * deviation
+    independent, levels = _independent(prediction, margin, agreeing & (jnp.abs(gradient) > margin))
+    nats = jnp.where(independent, _surprise(margin, gradient), 0.0)
     number_of_classes = agreeing.size
     choices = (
         jax.lax.lgamma(jnp.asarray(number_of_classes + 1.0))
@@ -233,13 +254,17 @@ def polish_consensus(
     )
     # The fitted parameters make as many classes agree for free; the sharpest ones, to be safe.
     surprise = jnp.sum(nats) - fitted * jnp.max(nats) - choices
-    sharp = jnp.minimum(prediction, jnp.abs(gradient)) > TOLERANCE * deviation
-    # A mean square of the residuals this far above 1 is no error: chi^2 / n spreads by sqrt(2 / n).
-    fits = misfit <= 1 + TOLERANCE * jnp.sqrt(2 / freedom)
+    # Root mean square of the residuals at most half of what a single one may be.
+    fits = misfit <= (TOLERANCE / 2) ** 2
     if steps > 0:
         fits = fits & converged
+    label_spread = jnp.sqrt(spread)
+    # Where six deviations span half of all possible values, the label is not known; and outside [0, 1] it is none.
+    reach = TOLERANCE * label_spread
+    valid = (label >= -reach) & (label <= 1 + reach) & (reach <= 0.5)
+    fits = fits & jnp.all(valid)
     surprise = jnp.where(fits, surprise, jnp.minimum(surprise, 0.0))
-    informative = jnp.sum(agreeing & sharp, dtype=jnp.int32)
+    informative = jnp.sum(independent, dtype=jnp.int32)
     return Consensus(
         scalar,
         factor,
@@ -249,8 +274,9 @@ def polish_consensus(
         jnp.sqrt(level_variance),
         agreeing,
         label,
-        jnp.sqrt(spread),
+        label_spread,
         surprise,
         informative,
+        levels,
         misfit,
     )

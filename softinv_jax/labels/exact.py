@@ -46,7 +46,7 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorou
 
     Args:
       equation: the scalar equation. unknowns: static.
-      thorough: static; ten times the triples, and up to three distinct explanations instead of one.
+      thorough: static; ten times the triples, and up to three distinct explanations instead of two.
     """
     number_of_classes = equation.direction.size
     plan = plan_triples(number_of_classes, THOROUGH_TRIPLES if thorough else FAST_TRIPLES)
@@ -65,24 +65,23 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorou
             unknowns,
         )
 
-    if not thorough:
-        consensus = polish(argmax(score))
-        found = jax.tree.map(lambda leaf: leaf[None], consensus)
-        return Explanations(found, jnp.asarray(plan.exhaustive), jnp.zeros((number_of_classes,)))
-
-    # The best few, and the best few of those that contradict the very best.
     first = argmax(score)
-    elsewhere = _apart(hypotheses.scalar, hypotheses.scalar_deviation, first) | _apart(
-        hypotheses.factor, hypotheses.factor_deviation, first
-    )
-    chosen = jnp.concatenate(
-        [argsort(-score)[:POLISHED], argsort(-jnp.where(elsewhere, score, -jnp.inf))[:POLISHED]]
-    )
+    if unknowns.scalar:  # Then kappa follows from lambda.
+        elsewhere = _apart(hypotheses.scalar, hypotheses.scalar_deviation, first)
+    else:
+        elsewhere = _apart(hypotheses.factor, hypotheses.factor_deviation, first)
+    # The best few, and the best few of those that contradict the very best.
+    contradicting = jnp.where(elsewhere, score, -jnp.inf)
+    if thorough:
+        chosen = jnp.concatenate([argsort(-score)[:POLISHED], argsort(-contradicting)[:POLISHED]])
+    else:
+        chosen = jnp.stack([first, argmax(contradicting)])
     polished = jax.vmap(polish)(chosen)
     found = _distinct(polished)
     # Contradicting hypotheses beyond those polished would go unseen.
-    seen = jnp.sum(elsewhere & (score > 0)) <= POLISHED
-    return Explanations(found, jnp.asarray(plan.exhaustive) & seen, jnp.zeros((number_of_classes,)))
+    seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if thorough else 1)
+    exhaustive = jnp.asarray(plan.exhaustive) & seen
+    return Explanations(found, exhaustive, jnp.zeros((number_of_classes,)))
 
 
 def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -94,7 +93,7 @@ def _distinct(polished: Consensus) -> Consensus:
     """The `LISTED` best consensuses with different classes in agreement; surprise -inf where there are fewer."""
     surprise = jnp.where(jnp.isnan(polished.surprise), -jnp.inf, polished.surprise)
     picks, left = [], surprise
-    for _ in range(LISTED):
+    for _ in range(min(LISTED, surprise.size)):
         best = argmax(left)
         picks.append((best, left[best]))
         same = jnp.all(polished.agreeing == polished.agreeing[best][None, :], axis=1)
@@ -134,7 +133,11 @@ def explain_by_likelihood(
         jnp.concatenate(pair)
         for pair in zip((consensus.scalar, consensus.factor, consensus.agreeing), trimmed, strict=True)
     ]
-    fits = jax.vmap(lambda *at: fit_likelihood(equation, direction_covariance, *at, unknowns))(*starts)
+    fits = jax.vmap(
+        lambda scalar, factor, agreeing: fit_likelihood(
+            equation, direction_covariance, scalar, factor, agreeing, unknowns
+        )
+    )(*starts)
     best = argmin(fits.cost)
     fit = jax.tree.map(lambda leaf: leaf[best], fits)
     level = jnp.sum(jnp.where(fit.agreeing, fit.label, 0.0)) / jnp.maximum(jnp.sum(fit.agreeing), 1)
@@ -156,9 +159,7 @@ def explain_by_likelihood(
         scalar_deviation=fit.scalar_deviation,
         misfit=fit.misfit,
     )
-    none = jax.tree.map(
-        lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described
-    )
+    none = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described)
     none = replace(none, surprise=jnp.full_like(described.surprise, -jnp.inf))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), described, none, none)
     return Explanations(stacked, jnp.asarray(False), fit.feature_pull)

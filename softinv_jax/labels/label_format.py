@@ -11,9 +11,7 @@ __all__ = ["read_format", "structured_label"]
 LISTED_CLASSES = 8
 
 
-def structured_label(
-    label: jax.Array, deviation: jax.Array, agreeing: jax.Array, level: jax.Array
-) -> jax.Array:
+def structured_label(label: jax.Array, deviation: jax.Array, agreeing: jax.Array, level: jax.Array) -> jax.Array:
     """(C,) the label with its common level made exact, and what is missing to 1 laid on the classes singled out.
 
     The correction is shared in proportion to their variances, which is least squares under the sum constraint.
@@ -46,9 +44,7 @@ def read_format(label: jax.Array, agreeing: jax.Array, smoothed: jax.Array) -> L
     count = jnp.sum(~agreeing, dtype=jnp.int32)
     position = jnp.arange(listed, dtype=jnp.int32)
     plain = jnp.where(count == 1, jnp.int32(LabelKind.HARD), jnp.int32(LabelKind.MIXUP))
-    with_smoothing = jnp.where(
-        count <= 1, jnp.int32(LabelKind.SMOOTHING), jnp.int32(LabelKind.SMOOTHED_MIXUP)
-    )
+    with_smoothing = jnp.where(count <= 1, jnp.int32(LabelKind.SMOOTHING), jnp.int32(LabelKind.SMOOTHED_MIXUP))
     return LabelFormat(
         kind=jnp.where(smoothed, with_smoothing, plain),
         classes=jnp.where(position < count, order, -1),

@@ -36,7 +36,8 @@ class LikelihoodFit:
     scalar: () lambda. factor: () kappa. label: (C,) y(w). label_deviation: (C,). scalar_deviation: ().
     agreeing: (C,) bool, classes not singled out. level_deviation: () of their common level.
     feature_pull: (C,) q; the feature is lambda v - lambda^2 tau^2 P W^T q.
-    cost: () minus twice the log-likelihood plus the price of each class singled out; the lower, the likelier the explanation.
+    cost: () minus twice the log-likelihood plus the price of each class singled out; the lower, the likelier the
+      explanation.
     misfit: () chi^2 per degree of freedom.
     """
 
@@ -65,9 +66,7 @@ class _Step(NamedTuple):
     precision: jax.Array  # (C, C) Sigma^-1
 
 
-def trimmed_starts(
-    equation: ScalarEquation, unknowns: Unknowns, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Starts for noise in which single triples drown: the paper's variance loss, weighed by the errors, on a grid.
 
     For each lambda the label's weighted variance is taken over all but the two entries that deviate most.
@@ -85,9 +84,7 @@ def trimmed_starts(
         factor = 1 / scalar
         agreeing = jnp.ones(prediction.shape, bool)
         for trimming in range(3):
-            deviation = label_deviation(
-                equation, scalar, factor, prediction, prediction - factor * equation.left
-            )
+            deviation = label_deviation(equation, scalar, factor, prediction, prediction - factor * equation.left)
             weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
             weights = weights / jnp.sum(weights)
             centred_p = prediction - jnp.sum(weights * prediction)
@@ -128,9 +125,7 @@ def fit_likelihood(
     order = argsort(agreeing.astype(jnp.float64))[: min(TARGET_SLOTS, max(number_of_classes - 4, 1))]
     active = ~agreeing[order]
 
-    def model(
-        scalar: jax.Array, factor: jax.Array, shift: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def model(scalar: jax.Array, factor: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset + shift)
         softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
         raw = prediction - factor * equation.left
@@ -202,9 +197,7 @@ def fit_likelihood(
         factor = factor + step.change[1] if unknowns.scale else 1 / scalar
         return scalar, factor, weights + step.change[2:], shift
 
-    def reconsider(
-        state: tuple, slots: jax.Array, active: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def reconsider(state: tuple, slots: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Decide whether there is any smoothing; then single one more class out, or let the weakest go."""
         free = solve(state, slots, active, jnp.zeros(()))
         counted = active.astype(jnp.float64)
@@ -214,30 +207,28 @@ def fit_likelihood(
         # Tied a thousand times more tightly than the data ties it: as good as fixed, and well conditioned.
         tie = 1e6 / jnp.where(share_variance > 0, share_variance, 1.0)
         sum_precision = jnp.where(without & jnp.any(active), tie, 0.0)
-        step = solve(state, slots, active, sum_precision)
-        explained = step.whitened_design @ step.parameter_covariance @ step.whitened_design.T
-        precision = step.precision - explained
+        tied = solve(state, slots, active, sum_precision)
+        explained = tied.whitened_design @ tied.parameter_covariance @ tied.whitened_design.T
+        precision = tied.precision - explained
         centre = jnp.eye(number_of_classes) - 1 / number_of_classes
-        score = centre @ step.whitened_residual
+        score = centre @ tied.whitened_residual
         information = jnp.sum(centre * (precision @ centre), axis=0)
         taken = jnp.any(jax.nn.one_hot(slots, number_of_classes) * active[:, None] > 0, axis=0)
-        gain = jnp.where(
-            taken | (information <= 0), 0.0, score**2 / jnp.where(information > 0, information, 1.0)
-        )
+        gain = jnp.where(taken | (information <= 0), 0.0, score**2 / jnp.where(information > 0, information, 1.0))
         level = (1 - counted @ state[2]) / number_of_classes
         # Its entry would have to be negative: not a label.
         gain = jnp.where(score < -level * information, 0.0, gain)
         gain = gain - singling_price(jax.lax.rsqrt(jnp.where(information > 0, information, 1.0)))
         best = argmax(gain)
-        free = argmax((~active).astype(jnp.float64))
-        adds = (gain[best] > 0) & ~active[free]
-        deviation = jnp.sqrt(jnp.diag(step.parameter_covariance)[2:])
+        empty = argmax((~active).astype(jnp.float64))
+        adds = (gain[best] > 0) & ~active[empty]
+        deviation = jnp.sqrt(jnp.diag(tied.parameter_covariance)[2:])
         strength = jnp.where(active, (state[2] / deviation) ** 2 - singling_price(deviation), jnp.inf)
         weakest = argmax(-strength)
         drops = ~adds & (strength[weakest] < 0)
         position = jnp.arange(active.size, dtype=jnp.int32)
-        slots = jnp.where(adds & (position == free), best, slots)
-        active = jnp.where(adds & (position == free), True, active)
+        slots = jnp.where(adds & (position == empty), best, slots)
+        active = jnp.where(adds & (position == empty), True, active)
         active = jnp.where(drops & (position == weakest), False, active)
         return slots, active, sum_precision
 
@@ -272,7 +263,7 @@ def fit_likelihood(
     carry = (start, order, active, jnp.zeros(()))
     state, slots, active, sum_precision = jax.lax.fori_loop(0, ROUNDS, round_of_steps, carry)
     state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
-    scalar, factor, weights, shift = state
+    scalar, factor, weights, _ = state
     final = solve(state, slots, active, sum_precision)
     inverse = final.parameter_covariance
     chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64) - 1 / number_of_classes

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.float64 import in_float64
 from softinv_jax.labels.recovery import Method, recover
 from softinv_jax.labels.verdicts import Recovery, Verdict
-from softinv_jax.observation.head import Observation, observe
+from softinv_jax.observation.head import Observation, check_finite, observe
 
 __all__ = ["recover_many"]
 
@@ -19,6 +20,7 @@ CHUNK_BYTES = 32 * 2**20
 THOROUGH_CHUNK = 16
 
 
+@in_float64
 def recover_many(
     observation: Observation,
     *,
@@ -43,16 +45,12 @@ def recover_many(
     Raises:
       ValueError: as `recover`, with the index of the first example concerned where a value is not finite.
     """
-    observation = observe(
-        observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient
-    )
+    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
     gradient = observation.weight_gradient
     if gradient.ndim != 3:
-        raise ValueError(
-            f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one"
-        )
+        raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
     examples = gradient.shape[0]
-    options = dict(method=method, unknown_scale=unknown_scale, label_format=label_format)
+    options = _Options(method, unknown_scale, label_format)
     chunk = max(1, min(examples, CHUNK_BYTES // (gradient[0].size * gradient.dtype.itemsize)))
     report = progress or (lambda done, total: None)
 
@@ -61,18 +59,21 @@ def recover_many(
     if not thorough and method == "exact":
         for start in range(0, examples, chunk):
             part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk)
-            parts.append(jax.device_get(_fast(part, **options)))
+            parts.append(jax.device_get(_recover_chunk(part, options, False)))
+            if not np.all(np.isfinite(parts[-1].evidence.rank_one_residual)):
+                _name_bad_value(observation)
+            report(min(start + chunk, examples), examples)
         result = _stack(parts, examples)
         unsure = np.flatnonzero(~_settled(result))
         done = examples - unsure.size
-        report(done, examples)
     else:
+        _name_bad_value(observation)
         result, unsure = None, np.arange(examples)
     refined = []
     size = min(THOROUGH_CHUNK, max(unsure.size, 1))
     for start in range(0, unsure.size, size):
         indices = unsure[start : start + size]
-        refined.append(jax.device_get(_thorough(_chunk(observation, indices, size), **options)))
+        refined.append(jax.device_get(_recover_chunk(_chunk(observation, indices, size), options, True)))
         done += indices.size
         report(done, examples)
     if not refined:
@@ -84,24 +85,24 @@ def recover_many(
     return _merge(result, sharper, unsure)
 
 
-@partial(jax.jit, static_argnames=("method", "unknown_scale", "label_format"))
-def _fast(observation: Observation, **options: object) -> Recovery:
-    return jax.vmap(partial(recover, thorough=False, **options), in_axes=(_axes(observation),))(observation)
+class _Options(NamedTuple):
+    """The static options of `recover`."""
+
+    method: Method
+    unknown_scale: bool
+    label_format: Literal["smoothing", "mixup"] | None
 
 
-@partial(jax.jit, static_argnames=("method", "unknown_scale", "label_format"))
-def _thorough(observation: Observation, **options: object) -> Recovery:
-    # One after the other, so that each runs only the branch it needs (consensus or likelihood).
-    def one(gradients: tuple[jax.Array, jax.Array | None]) -> Recovery:
-        single = Observation(observation.weight, gradients[0], observation.bias, gradients[1])
-        return recover(single, thorough=True, **options)
+@partial(jax.jit, static_argnums=(1, 2))
+def _recover_chunk(observation: Observation, options: _Options, thorough: bool) -> Recovery:
+    def one(gradients: tuple) -> Recovery:
+        weight_gradient, bias_gradient = gradients
+        single = Observation(observation.weight, weight_gradient, observation.bias, bias_gradient)
+        return recover(single, thorough=thorough, **options._asdict())
 
-    return jax.lax.map(one, (observation.weight_gradient, observation.bias_gradient))
-
-
-def _axes(observation: Observation) -> Observation:
-    bias = None if observation.bias is None else 0
-    return Observation(None, 0, None, bias)
+    gradients = (observation.weight_gradient, observation.bias_gradient)
+    # Thorough searches run one after the other, each only the branch it needs (consensus or likelihood).
+    return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
 
 
 def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observation:
@@ -121,6 +122,14 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observat
     )
 
 
+def _name_bad_value(observation: Observation) -> None:
+    """Raise ValueError for the first entry that is not finite, if there is one."""
+    check_finite("weight_gradient", observation.weight_gradient)
+    if observation.bias is not None and observation.bias_gradient is not None:
+        check_finite("bias", observation.bias)
+        check_finite("bias_gradient", observation.bias_gradient)
+
+
 def _settled(result: Recovery) -> np.ndarray:
     """(N,) bool: nothing a thorough search could add."""
     rounding = float(jnp.finfo(result.label.dtype).eps)
@@ -136,9 +145,7 @@ def _stack(parts: list[Recovery], examples: int) -> Recovery:
 
 def _merge(result: Recovery, sharper: Recovery, indices: np.ndarray) -> Recovery:
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        if (
-            old.ndim > 1 and old.shape[1:] != new.shape[1:]
-        ):  # More candidates are listed by the thorough search.
+        if old.ndim > 1 and old.shape[1:] != new.shape[1:]:  # More candidates are listed by the thorough search.
             padded = np.full((old.shape[0], *new.shape[1:]), np.nan, old.dtype)
             padded[tuple(slice(0, n) for n in old.shape)] = old
             old = padded

@@ -49,11 +49,7 @@ def tilted_mean(argument: jax.Array) -> jax.Array:
 
 def log_ratio(scalar: jax.Array, upper_gap: jax.Array, lower_gap: jax.Array) -> jax.Array:
     """F(lambda) for the gaps a = z_j - z_l > 0 and b = z_l - z_m > 0; all arrays of one shape."""
-    return (
-        jnp.log(upper_gap / lower_gap)
-        + uniform_cumulant(scalar * upper_gap)
-        - uniform_cumulant(-scalar * lower_gap)
-    )
+    return jnp.log(upper_gap / lower_gap) + uniform_cumulant(scalar * upper_gap) - uniform_cumulant(-scalar * lower_gap)
 
 
 def log_ratio_slope(scalar: jax.Array, upper_gap: jax.Array, lower_gap: jax.Array) -> jax.Array:

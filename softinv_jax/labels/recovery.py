@@ -32,6 +32,8 @@ Method = Literal["exact", "variance", "idlg"]
 # is listed at all only from one in a hundred on.
 UNIQUE_SURPRISE = 13.8
 LISTED_SURPRISE = 4.6
+# Six deviations of every label entry of a unique label: an entry's first digit is certain.
+SHARP_LABEL = 0.1
 
 
 @in_float64
@@ -46,7 +48,8 @@ def recover(
     """Recover the soft label and last-layer feature of one example from its last-layer gradient.
 
     Pure; works under `jax.jit` and `jax.vmap` with `method`, `unknown_scale`, `label_format` and `thorough` static.
-    Computes in float64 without touching the caller's configuration. For thousands of examples use
+    Computes in float64 without touching the caller's configuration (to `jit` or `vmap` it yourself over float64
+    gradients, enable x64: jax casts the arguments to 32 bits otherwise). For thousands of examples use
     `recover_many`, which tries the fast search first.
 
     Args:
@@ -66,9 +69,7 @@ def recover(
     Raises:
       ValueError: for arrays `observe` refuses, an unknown method, or a method that does not apply to the head.
     """
-    observation = observe(
-        observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient
-    )
+    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
     if observation.weight_gradient.ndim != 2:
         raise ValueError(
             f"recover takes one example, but weight_gradient has shape {observation.weight_gradient.shape};"
@@ -79,9 +80,7 @@ def recover(
     has_bias = observation.bias is not None
     if method == "variance":
         if label_format not in FORMATS:
-            raise ValueError(
-                f"method 'variance' needs label_format, one of {tuple(FORMATS)}, not {label_format!r}"
-            )
+            raise ValueError(f"method 'variance' needs label_format, one of {tuple(FORMATS)}, not {label_format!r}")
         if has_bias or unknown_scale:
             raise ValueError("method 'variance' needs a bias-free head and a known scale; use method 'exact'")
     elif label_format is not None:
@@ -95,7 +94,9 @@ def _recover(
     has_bias = observation.bias is not None
     unknowns = Unknowns(scalar=not has_bias, scale=unknown_scale)
     weight, gradient = observation.weight, observation.weight_gradient
-    if has_bias:  # The bias is the weight of a constant feature 1.
+    if (
+        observation.bias is not None and observation.bias_gradient is not None
+    ):  # The bias is the weight of a constant feature 1.
         weight = jnp.concatenate([weight, observation.bias[:, None].astype(weight.dtype)], axis=1)
         bias_gradient = observation.bias_gradient[:, None].astype(gradient.dtype)
         gradient = jnp.concatenate([gradient, bias_gradient], axis=1)
@@ -142,9 +143,7 @@ def _scalar_equation(
     direction_deviation = zeros
     if thorough:
         square = jnp.sum(factors.left**2)
-        feature_variance = (
-            jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
-        )
+        feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
         if has_bias:
             # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
             tied = weight64.at[:, -1].add(-scalar * direction)
@@ -180,9 +179,7 @@ def _hard_explanation(equation: ScalarEquation, factors: RankOneFactors, unknown
     label = jax.nn.one_hot(chosen, equation.left.size, dtype=jnp.float64)
     one = jnp.ones(())
     scalar = equation.known_scalar if not unknowns.scalar else jnp.full((), jnp.nan)
-    found = polish_consensus(
-        equation, one, one, jnp.zeros(()), jnp.full_like(label, jnp.inf), unknowns, steps=0
-    )
+    found = polish_consensus(equation, one, one, jnp.zeros(()), jnp.full_like(label, jnp.inf), unknowns, steps=0)
     found = replace(
         found,
         scalar=scalar,
@@ -217,20 +214,17 @@ def _conclude(
     best: Consensus = jax.tree.map(lambda leaf: leaf[0], explanations.found)
     number_of_classes, features = weight.shape
     closed_form = not unknowns.scalar and not unknowns.scale
-    distinct = _distinct_logits(equation, best.scalar)
     found = explanations.found
     listed = found.surprise >= LISTED_SURPRISE
     count = jnp.sum(best.agreeing)
-    singled = number_of_classes - count
-    tail = count > best.informative
-    # Two sets of as many agreeing classes share enough of them to fix lambda (three; two where lambda is known and
-    # only kappa is not): counted over all classes with coinciding logits left out, and over informative ones.
+    # docs/uniqueness.md: any other lambda on which as many classes agree would share three distinguishable ones with
+    # these (two where lambda is known and only kappa is not), and three have one root.
     shared = 3 if unknowns.scalar else 2
-    by_theorem = (2 * count - number_of_classes - (number_of_classes - distinct) >= shared) & (
-        best.informative + tail - singled >= shared
-    )
-    alone = explanations.exhaustive & (jnp.sum(listed) == 1)
-    unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & (by_theorem | alone)
+    by_theorem = best.informative - (number_of_classes - count) >= shared
+    rivals = listed & _contradict(found, unknowns)
+    sharp = jnp.all(TOLERANCE * best.label_deviation <= SHARP_LABEL)
+    unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & ~jnp.any(rivals) & sharp
+    unique = unique & (by_theorem | explanations.exhaustive)
     signal = _has_signal(factors, features)
     structured = listed[0]
     if method == "idlg":
@@ -251,9 +245,7 @@ def _conclude(
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
     square = jnp.sum(equation.left**2)
-    feature_variance = (
-        jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
-    )
+    feature_variance = jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
     pull = explanations.feature_pull @ weight.astype(jnp.float64)
     pull = pull - right * jnp.sum(right * pull)
     feature = best.scalar * right - best.scalar**2 * feature_variance * pull
@@ -305,7 +297,7 @@ def _conclude(
         evidence=Evidence(
             agreeing=count.astype(jnp.int32),
             informative=best.informative,
-            distinct_logits=distinct,
+            distinct_logits=best.levels,
             surprise=best.surprise,
             misfit=best.misfit,
             scalar_deviation=best.scalar_deviation,
@@ -317,12 +309,12 @@ def _conclude(
     )
 
 
-def _distinct_logits(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
-    """() int32 number of logits that differ by more than their rounding."""
-    scalar = jnp.where(jnp.isfinite(scalar), scalar, 1.0)
-    logits = jnp.sort(scalar * equation.direction + equation.offset)
-    rounding = equation.roundoff * (jnp.abs(logits) + 0.2 * jnp.abs(scalar) * jnp.max(equation.weight_norm))
-    return 1 + jnp.sum(jnp.diff(logits) > TOLERANCE * rounding[1:], dtype=jnp.int32)
+def _contradict(found: Consensus, unknowns: Unknowns) -> jax.Array:
+    """(K,) bool: the explanation's lambda (kappa where lambda is known) lies beyond its errors from the first one's."""
+    value, deviation = found.scalar, found.scalar_deviation
+    if not unknowns.scalar:
+        value, deviation = found.factor, found.factor_deviation
+    return jnp.abs(value - value[0]) > TOLERANCE * (deviation + deviation[0])
 
 
 def _has_signal(factors: RankOneFactors, features: int) -> jax.Array:

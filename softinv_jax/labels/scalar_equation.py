@@ -78,15 +78,14 @@ def label_deviation(
     """Standard deviation of each entry of y at given lambda and kappa, before their own errors.
 
     Three sources: the client rounds y and p - y; it rounds its logits, which p carries as a relative error; and
-    additive noise on u and v. The partial sums of a length-d dot product grow like a random walk: summed one by
-    one they cost 0.41 unit roundoffs of |W_j| |x|, in four interleaved sums, as the narrowest vector units do, half
-    of that.
+    additive noise on u and v. The partial sums of a length-d dot product grow like a random walk: in the worst
+    order of summation, one by one, that costs 0.41 unit roundoffs of |W_j| |x|.
 
     Shapes: lambda, kappa (...); prediction and label (..., C). Returns (..., C).
     """
     like = prediction.shape
     scale = jnp.abs(scalar)[..., None]
-    rounding = equation.roundoff * (1 + 0.2 * scale * jnp.broadcast_to(equation.weight_norm, like))
+    rounding = equation.roundoff * (1 + 0.41 * scale * jnp.broadcast_to(equation.weight_norm, like))
     logit = jnp.hypot(rounding, scale * jnp.broadcast_to(equation.direction_deviation, like))
     noise = jnp.abs(factor)[..., None] * jnp.broadcast_to(equation.left_deviation, like)
     stored = equation.roundoff * jnp.abs(label)

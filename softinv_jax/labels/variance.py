@@ -58,9 +58,7 @@ def minimise_variance(equation: ScalarEquation, excluded: int) -> tuple[jax.Arra
             value, gradient = value_and_gradient(position, state=state)
             better = value < lowest
             best, lowest = jnp.where(better, position, best), jnp.where(better, value, lowest)
-            updates, state = optimiser.update(
-                gradient, state, position, value=value, grad=gradient, value_fn=loss
-            )
+            updates, state = optimiser.update(gradient, state, position, value=value, grad=gradient, value_fn=loss)
             moved = optax.apply_updates(position, updates)
             return jnp.where(jnp.isfinite(moved), moved, position), state, best, lowest
 

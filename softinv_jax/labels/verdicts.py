@@ -85,8 +85,8 @@ class Evidence:
 
     Attributes:
       agreeing: () int32, classes on which the label is one common level.
-      informative: () int32, those of them whose agreement could have failed.
-      distinct_logits: () int32, number of distinct logit directions among the C classes.
+      informative: () int32, how many distinguishable softmax entries those have; agreement of these could fail.
+      distinct_logits: () int32, number of distinguishable softmax entries among the C classes.
       surprise: () nats by which this much agreement would surprise if the label were dense.
       misfit: () mean squared deviation of the agreeing classes from their level, in units of the expected error.
       scalar_deviation: () standard deviation of lambda. label_deviation: (C,) of the label's entries.

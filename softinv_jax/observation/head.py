@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["HEAD_NAMES", "Observation", "find_head", "observe", "observe_head"]
+__all__ = ["HEAD_NAMES", "Observation", "check_finite", "find_head", "observe", "observe_head"]
 
 HEAD_NAMES = ("head", "classifier", "fc", "linear", "logits", "output", "predictions")
 
@@ -37,12 +37,15 @@ def observe(
     weight_gradient: ArrayLike,
     bias: ArrayLike | None = None,
     bias_gradient: ArrayLike | None = None,
+    *,
+    check_values: bool = True,
 ) -> Observation:
     """Check shapes, dtypes and values and bundle them.
 
     Args:
       weight: (C, d), floating. weight_gradient: (C, d) or (N, C, d), floating.
       bias: (C,) and bias_gradient: (C,) or (N, C), or neither.
+      check_values: look for NaN and infinite entries, which reads every byte once. NumPy arrays stay NumPy arrays.
 
     Raises:
       ValueError: naming the array and what is wrong with it: a shape that does not fit, fewer than 3 classes, a
@@ -59,8 +62,9 @@ def observe(
         arrays |= {"bias": bias, "bias_gradient": bias_gradient}
     checked = {name: _floating(name, value) for name, value in arrays.items()}
     _check_shapes(checked)
-    for name, value in checked.items():
-        _check_finite(name, value)
+    if check_values:
+        for name, value in checked.items():
+            check_finite(name, value)
     return Observation(**checked)
 
 
@@ -70,11 +74,9 @@ def _floating(name: str, value: ArrayLike) -> jax.Array:
         value = np.asarray(value)
         dtype = value.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must be floating, but its dtype is {dtype}; convert it with .astype(np.float32)"
-        )
-    if isinstance(value, jax.Array):
-        return value
+        raise ValueError(f"{name} must be floating, but its dtype is {dtype}; convert it with .astype(np.float32)")
+    if isinstance(value, jax.Array | np.ndarray):
+        return value  # type: ignore[return-value]  # NumPy stays NumPy until it is moved to the device
     with jax.enable_x64(True):  # A float64 gradient keeps its digits, whatever the caller's default.
         return jnp.asarray(value)
 
@@ -96,15 +98,14 @@ def _check_shapes(arrays: Mapping[str, jax.Array]) -> None:
         )
     if "bias" in arrays:
         if arrays["bias"].shape != (number_of_classes,):
-            raise ValueError(
-                f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}"
-            )
+            raise ValueError(f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}")
         expected = (*gradient.shape[:-2], number_of_classes)
         if arrays["bias_gradient"].shape != expected:
             raise ValueError(f"bias_gradient must have shape {expected}, not {arrays['bias_gradient'].shape}")
 
 
-def _check_finite(name: str, value: jax.Array) -> None:
+def check_finite(name: str, value: jax.Array) -> None:
+    """Raise ValueError where a concrete array holds NaN or infinite entries, naming the first."""
     if isinstance(value, jax.core.Tracer):
         return  # Values are unknown while tracing; the recovery then gives NaN and an honest verdict.
     finite = np.isfinite(np.asarray(value))
@@ -117,9 +118,7 @@ def _check_finite(name: str, value: jax.Array) -> None:
         )
 
 
-def find_head(
-    parameters: Mapping[str, Any], *, name: str | None = None, number_of_classes: int | None = None
-) -> str:
+def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_of_classes: int | None = None) -> str:
     """Path of the last dense layer in a parameter pytree, by shape and name, never by position.
 
     A dense layer is a mapping with a 2-D `kernel` (d, C) or `weight` (C, d). Among them the head is the one called
@@ -149,9 +148,7 @@ def find_head(
         fitting = named or fitting
     if len(fitting) != 1:
         asked = f"name={name!r}, number_of_classes={number_of_classes}"
-        raise ValueError(
-            f"{len(fitting)} of the dense layers fit {asked}; name the head. Dense layers: {listing}"
-        )
+        raise ValueError(f"{len(fitting)} of the dense layers fit {asked}; name the head. Dense layers: {listing}")
     return next(iter(fitting))
 
 

@@ -61,7 +61,7 @@ def dominant_factors(gradient: jax.Array) -> RankOneFactors:
     Returns:
       `RankOneFactors`. A zero gradient gives zero factors with `is_rounding` true.
     """
-    number_of_classes, features = gradient.shape
+    features = gradient.shape[1]
     probes = jnp.asarray(_sign_probes(features), gradient.dtype)
     # HIGHEST: accelerators otherwise multiply float32 in reduced precision.
     products = jnp.matmul(gradient, probes, precision=jax.lax.Precision.HIGHEST).astype(jnp.float64)
@@ -90,7 +90,9 @@ def dominant_factors(gradient: jax.Array) -> RankOneFactors:
     # a row and C rows: six deviations are never reached by chance.
     roundoff = unit_roundoff(gradient.dtype)
     floor = 6 * roundoff * (1 + 0.41 * np.sqrt(features)) * jnp.abs(left)
-    is_rounding = jnp.all(row_deviation <= floor + features * float(jnp.finfo(gradient.dtype).tiny))
+    # Weaker rows of a gradient near the smallest normal number have lost their digits to underflow.
+    smallest = float(jnp.finfo(gradient.dtype).tiny) / roundoff
+    is_rounding = jnp.all(row_deviation <= floor) & ((pivot == 0) | (jnp.abs(pivot) > smallest))
     row_noise = jnp.where(is_rounding, 0.0, row_deviation / np.sqrt(features))
     total = jnp.sqrt(jnp.sum(left**2))
     residual = jnp.sqrt(jnp.sum(row_deviation**2)) / jnp.where(total == 0, 1.0, total)
@@ -133,7 +135,8 @@ def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> Rank
     freedom = max(features - 1, 1) * max(number_of_classes - 1, 1) / number_of_classes
     row_deviation = jnp.sqrt(jnp.sum(residual**2, axis=1) / freedom)
     entry_rounding = unit_roundoff(gradient.dtype) / np.sqrt(3 * features) * jnp.abs(left)
-    is_rounding = jnp.all(row_deviation <= 2 * entry_rounding)
+    own_rounding = 4 * unit_roundoff(jnp.dtype(jnp.float64)) * jnp.abs(left)
+    is_rounding = jnp.all(row_deviation <= 2 * entry_rounding + own_rounding)
     row_noise = jnp.sqrt(jnp.maximum(row_deviation**2 - entry_rounding**2, 0.0))
     total = jnp.sqrt(jnp.sum(left**2))
     relative = jnp.sqrt(jnp.sum(residual**2)) / jnp.where(total == 0, 1.0, total)

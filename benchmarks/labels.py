@@ -1,0 +1,160 @@
+"""How fast are soft labels recovered, beside the published procedure and a plain sum over the same gradients?
+
+    python benchmarks/labels.py [--quick] [--json FILE]
+
+For each (C, d): untrained head U(-0.5, 0.5), sigmoid features, mixup labels (the harder format), float32 gradients.
+Compile time is reported apart; every timing blocks until the result is ready and is the best of several runs, with
+`jnp.sum` over the same gradients timed in turn with ours. The published procedure (needs the extra `peers`) and our
+`variance` rendering of its loss run on the first few of the same gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import softinv_jax
+from softinv_jax.client import per_sample_last_layer_gradients
+from softinv_jax.measures.label_error import label_error
+
+SHAPES = {(10, 768): 8192, (100, 512): 2048, (1000, 2048): 64}
+RUNS = 5
+
+
+def make_gradients(number_of_classes: int, features: int, examples: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Weight (C, d), labels (N, C) and gradients (N, C, d) of mixup examples, float32."""
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(-0.5, 0.5, (number_of_classes, features)).astype(np.float32)
+    feature = 1 / (1 + np.exp(-rng.standard_normal((examples, features), dtype=np.float32)))
+    first = rng.integers(0, number_of_classes, examples)
+    second = (first + rng.integers(1, number_of_classes, examples)) % number_of_classes
+    share = rng.uniform(0, 1, examples).astype(np.float32)
+    label = np.zeros((examples, number_of_classes), np.float32)
+    label[np.arange(examples), first] += share
+    label[np.arange(examples), second] += 1 - share
+    gradient = per_sample_last_layer_gradients(jnp.asarray(weight), jnp.asarray(feature), jnp.asarray(label)).weight
+    return weight, label, jax.block_until_ready(gradient)
+
+
+def best_of_each(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, tuple[float, float]]:
+    """First-call and best later wall time of each, the functions taking turns so that all see the same machine."""
+    first = {}
+    for name, function in functions.items():
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        first[name] = time.perf_counter() - start
+    best = dict.fromkeys(functions, np.inf)
+    for _ in range(runs):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: (first[name] - best[name], best[name]) for name in functions}
+
+
+def published_seconds(weight: np.ndarray, gradients: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
+    """Seconds per sample of the published procedure over all of them, failures included; None without the peers."""
+    try:
+        from published_procedure import MIXUP_SETTINGS, recover_published  # noqa: PLC0415
+    except ImportError as error:
+        print(f"published procedure skipped: {error}", file=sys.stderr)
+        return None
+    np.random.seed(0)  # noqa: NPY002 - scikit-opt draws from the global generator
+    start = time.perf_counter()
+    found = [recover_published(weight, gradient, excluded=2, settings=MIXUP_SETTINGS) for gradient in gradients]
+    seconds = (time.perf_counter() - start) / len(gradients)
+    solved = sum(
+        recovery.stage != "failed" and np.abs(recovery.label - label).max() < 1e-3
+        for recovery, label in zip(found, labels, strict=True)
+    )
+    return {"seconds_per_sample": seconds, "recovered": solved, "total": len(gradients)}
+
+
+def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[str, Any]:
+    """One row of the benchmark."""
+    number_of_classes, features = shape
+    weight, labels, gradients = make_gradients(number_of_classes, features, examples, seed=0)
+    observation = softinv_jax.observe(weight, gradients)
+    total = jax.jit(jnp.sum)
+    timings = best_of_each(
+        {"exact": lambda: softinv_jax.recover_many(observation), "sum": lambda: total(gradients)}, RUNS
+    )
+    result = softinv_jax.recover_many(observation)
+    few = min(256 if number_of_classes < 1000 else 16, examples)
+    few_observation = softinv_jax.observe(weight, gradients[:few])
+
+    def variance() -> softinv_jax.Recovery:
+        return softinv_jax.recover_many(few_observation, method="variance", label_format="mixup")
+
+    variance_time = best_of_each({"variance": variance}, 2)["variance"]
+    variance_error = label_error(variance().label, labels[:few]).largest
+    exact_time, sum_time = timings["exact"], timings["sum"]
+    return {
+        "classes": number_of_classes,
+        "features": features,
+        "examples": examples,
+        "samples_per_second": examples / exact_time[1],
+        "compile_seconds": exact_time[0],
+        "recovered": int(np.sum(result.verdict == softinv_jax.Verdict.UNIQUE)),
+        "largest_label_error": float(np.max(label_error(result.label, labels).largest)),
+        "times_plain_sum": exact_time[1] / sum_time[1],
+        "sum_gigabytes_per_second": gradients.nbytes / sum_time[1] / 1e9,
+        "gigabytes_per_second": gradients.nbytes / exact_time[1] / 1e9,
+        "variance_samples_per_second": few / variance_time[1],
+        "variance_compile_seconds": variance_time[0],
+        "variance_recovered": int(np.sum(variance_error < 1e-3)),
+        "variance_total": few,
+        "published": published_seconds(weight, np.asarray(gradients[:peer_samples]), labels[:peer_samples]),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    table = Table(title="Soft labels per second, mixup, format unknown to exact")
+    columns = ("(C, d)", "exact / s", "recovered", "x plain sum", "compile s", "variance / s", "published / s", "speed-up")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        peer = row["published"]
+        rate = 1 / peer["seconds_per_sample"] if peer else None
+        table.add_row(
+            f"({row['classes']}, {row['features']})",
+            f"{row['samples_per_second']:,.0f}",
+            f"{row['recovered']}/{row['examples']}",
+            f"{row['times_plain_sum']:.1f}",
+            f"{row['compile_seconds']:.1f}",
+            f"{row['variance_samples_per_second']:,.0f} ({row['variance_recovered']}/{row['variance_total']})",
+            f"{rate:.1f} ({peer['recovered']}/{peer['total']})" if peer and rate else "skipped",
+            f"{row['samples_per_second'] / rate:,.0f}" if rate else "",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest shape only, and fewer peer samples")
+    parser.add_argument("--json", metavar="FILE", help="write the rows and the versions there")
+    arguments = parser.parse_args()
+    shapes = dict(list(SHAPES.items())[: 1 if arguments.quick else None])
+    rows = [measure(shape, examples, 5 if arguments.quick else 20) for shape, examples in shapes.items()]
+    show(rows)
+    if arguments.json:
+        versions = {"jax": jax.__version__, "python": platform.python_version(), "device": str(jax.devices()[0])}
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"versions": versions, "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

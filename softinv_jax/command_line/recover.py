@@ -1,0 +1,118 @@
+"""`softinv recover`: from OBSERVATION.npz to RECOVERY.npz and a summary."""
+
+import argparse
+import json
+import os
+import time
+
+from softinv_jax.command_line.console import InputError, progress_report, result_console
+
+__all__ = ["add_parser", "run"]
+
+_DESCRIPTION = """\
+Compute the soft labels and last-layer features behind gradients of a last dense layer z = W x + b.
+
+OBSERVATION.npz, as np.savez writes it, holds (C classes, d features, N gradients of one example each)
+  weight           (C, d)               W, as the server knows it
+  weight_gradient  (C, d) or (N, C, d)  what the clients sent
+  bias             (C,)                 for a head with a bias only, and then
+  bias_gradient    (C,) or (N, C)       with it
+
+RECOVERY.npz holds, with NaN where nothing is recovered,
+  labels (N, 1, C), features (N, 1, d), scale (N,)
+  verdict (N, 1)         unique, ambiguous, unidentifiable or no_signal
+  residual (N, 1)        relative distance between the gradient and what the recovery predicts
+  label_deviation (N, 1, C), kind, singled_out, weights, smoothing, scalar, interval, candidate_labels, ..."""
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    """Add the subcommand to the parser."""
+    parser = commands.add_parser(
+        "recover",
+        help="recover soft labels and features from gradients in a file",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("observation", metavar="OBSERVATION.npz", help="what the server saw")
+    parser.add_argument("--out", required=True, metavar="RECOVERY.npz", help="where to write the result")
+    parser.add_argument(
+        "--unknown-scale",
+        action="store_true",
+        help="the gradients carry an unknown factor (learning rate, sum or mean, sign): recover it too",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("exact", "variance", "idlg"),
+        default="exact",
+        help="exact: any label format, without being told which (default). variance: the loss of Wang, Liang and He"
+        " (2024), which must be told the format. idlg: hard labels by sign (Zhao, Mopuri and Bilen, 2020)",
+    )
+    parser.add_argument("--label-format", choices=("smoothing", "mixup"), help="the format for --method variance")
+    parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the subcommand.
+
+    Raises:
+      InputError: for anything the user can put right; nothing has then been written.
+    """
+    _check_method(arguments)
+    from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
+    from softinv_jax.labels.many import recover_many  # noqa: PLC0415
+
+    observation = observation_file.read_observation(arguments.observation)
+    if observation.bias is not None and arguments.method == "variance":
+        raise InputError("--method variance needs a head without bias; use --method exact")
+    recovery_file.check_writable(arguments.out)
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.observation):
+        raise InputError(f"{arguments.out}: --out would overwrite the observation; choose another name")
+
+    start = time.perf_counter()
+    examples = observation.weight_gradient.shape[0]
+    with progress_report() as report:
+        report(0, examples, "compiling for this shape")
+        recovery = recover_many(
+            observation,
+            method=arguments.method,
+            unknown_scale=arguments.unknown_scale,
+            label_format=arguments.label_format,
+            progress=lambda done, total: report(done, total, "recovering"),
+        )
+    seconds = time.perf_counter() - start
+    recovery_file.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
+
+    from softinv_jax.report.summary import recovery_summary, recovery_table  # noqa: PLC0415
+
+    summary = recovery_summary(recovery)
+    if arguments.json:
+        context = {
+            "observation": arguments.observation,
+            "out": arguments.out,
+            "examples": examples,
+            "classes": observation.weight.shape[0],
+            "features": observation.weight.shape[1],
+            "bias": observation.bias is not None,
+            "dtype": str(observation.weight_gradient.dtype),
+            "method": arguments.method,
+            "label_format": arguments.label_format,
+            "scale": "unknown" if arguments.unknown_scale else "known",
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(context | summary, allow_nan=False, indent=1))
+        return
+    console = result_console()
+    console.print(recovery_table(summary))
+    console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
+
+
+def _check_method(arguments: argparse.Namespace) -> None:
+    """Before jax is loaded: what needs no look at the files."""
+    if arguments.method == "variance" and arguments.label_format is None:
+        raise InputError("--method variance must be told --label-format smoothing or mixup; or use --method exact")
+    if arguments.method == "variance" and arguments.unknown_scale:
+        raise InputError("--method variance needs a known scale; use --method exact with --unknown-scale")
+    if arguments.method != "variance" and arguments.label_format is not None:
+        raise InputError(f"--label-format is for --method variance only; {arguments.method} needs none")

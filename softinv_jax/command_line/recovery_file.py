@@ -1,0 +1,112 @@
+"""RECOVERY.npz: what the gradients gave away, written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from softinv_jax.command_line.console import InputError
+from softinv_jax.labels.verdicts import LabelKind, Recovery, verdict_names
+
+__all__ = ["check_writable", "kind_names", "recovery_arrays", "write_atomically", "write_npz"]
+
+
+def kind_names(codes: object) -> np.ndarray:
+    """Label kinds of any shape as lower-case strings."""
+    return np.array([kind.name.lower() for kind in LabelKind])[np.asarray(codes)]
+
+
+def recovery_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
+    """The arrays of RECOVERY.npz.
+
+    Each gradient is that of one example, so that the axis of the examples behind one gradient has length 1.
+
+    Args:
+      recovery: of N gradients.
+
+    Returns:
+      labels (N, 1, C), features (N, 1, d), scale (N,), verdict (N, 1) and residual (N, 1); and, in the same order,
+      label_deviation (N, 1, C) one standard deviation, kind (N, 1), singled_out (N, 1, K) the classes singled out
+      (-1 for none), weights (N, 1, K), smoothing (N, 1), scalar (N, 1), interval (N, 2), and the explanations
+      considered, candidate_labels (N, M, C) and candidate_scalars (N, M). NaN where nothing is recovered.
+    """
+    per_gradient = {"scale": recovery.scale, "interval": recovery.interval}
+    per_gradient |= {
+        "candidate_labels": recovery.candidates.label,
+        "candidate_scalars": recovery.candidates.scalar,
+    }
+    deviation = np.asarray(recovery.evidence.label_deviation)
+    label = np.asarray(recovery.label)
+    per_example = {
+        "labels": label,
+        "features": recovery.feature,
+        "verdict": verdict_names(recovery.verdict),
+        "residual": recovery.evidence.residual,
+        "label_deviation": np.where(np.isnan(label), np.nan, deviation).astype(label.dtype),
+        "kind": kind_names(recovery.format.kind),
+        "singled_out": recovery.format.classes,
+        "weights": recovery.format.weights,
+        "smoothing": recovery.format.smoothing,
+        "scalar": recovery.scalar,
+    }
+    arrays = {name: np.asarray(array)[:, None] for name, array in per_example.items()}
+    return arrays | {name: np.asarray(array) for name, array in per_gradient.items()}
+
+
+def check_writable(path: str) -> None:
+    """Fail before the work starts where `path` cannot be written.
+
+    Raises:
+      InputError: one line with the reason.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file in it")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path}: not a regular file; give the name of a file")
+    if not target.parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write `arrays` under exactly this name (np.savez would append .npz), atomically.
+
+    Raises:
+      InputError: one line with the reason; what was at `path` before is then untouched.
+    """
+    # Through a file object, for the sake of the name.
+    write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put that in its place in one step.
+
+    Raises:
+      InputError: one line with the reason; what was at `path` before is then untouched.
+    """
+    target = Path(os.path.realpath(path))
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            partial = Path(file.name)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Temporary files are private; the result gets the permissions of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
+        partial.replace(target)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""What a recovery says, for JSON and for people."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from softinv_jax.labels.verdicts import LabelKind, Recovery, Verdict
+
+__all__ = ["describe_format", "package_versions", "recovery_summary", "recovery_table"]
+
+LISTED = 12
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of everything a result depends on."""
+    versions = {"python": platform.python_version()}
+    for name in ("softinv_jax", "jax", "jaxlib", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def recovery_summary(recovery: Recovery) -> dict[str, Any]:
+    """Counts and one entry for each gradient, in types JSON has: null stands for what is not known or not finite.
+
+    Args:
+      recovery: with a leading axis N.
+    """
+    verdicts, kinds = np.asarray(recovery.verdict), np.asarray(recovery.format.kind)
+    return {
+        "verdicts": {verdict.name.lower(): int(np.sum(verdicts == verdict)) for verdict in Verdict},
+        "kinds": {kind.name.lower(): int(np.sum(kinds == kind)) for kind in LabelKind},
+        "versions": package_versions(),
+        "samples": _samples(recovery),
+    }
+
+
+def _samples(recovery: Recovery) -> list[dict[str, Any]]:
+    label_format, evidence = recovery.format, recovery.evidence
+    is_known = np.isfinite(np.asarray(recovery.label)).all(axis=-1)
+    deviation = np.where(is_known, np.max(np.asarray(evidence.label_deviation), axis=-1), np.nan)
+    classes = [[c for c in row if c >= 0] for row in np.asarray(label_format.classes).tolist()]
+    weights = [row[: len(c)] for row, c in zip(_numbers(label_format.weights), classes, strict=True)]
+    columns = {
+        "index": list(range(len(classes))),
+        "verdict": [Verdict(code).name.lower() for code in np.asarray(recovery.verdict).tolist()],
+        "kind": [LabelKind(code).name.lower() for code in np.asarray(label_format.kind).tolist()],
+        "classes": classes,
+        "weights": weights,
+        "smoothing": _numbers(label_format.smoothing),
+        "label_deviation": _numbers(deviation),
+        "scalar": _numbers(recovery.scalar),
+        "scale": _numbers(recovery.scale),
+        "interval": _numbers(recovery.interval),
+        "agreeing_classes": np.asarray(evidence.agreeing).tolist(),
+        "surprise": _numbers(evidence.surprise),
+        "residual": _numbers(evidence.residual),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _numbers(values: object) -> list:
+    """Nested lists with None for everything JSON has no number for."""
+    array = np.asarray(values, np.float64)
+    objects = array.astype(object)
+    objects[~np.isfinite(array)] = None
+    return objects.tolist()
+
+
+def describe_format(sample: dict[str, Any]) -> str:
+    """A label in words, from an entry of `recovery_summary`."""
+    if sample["kind"] in ("unknown", "dense"):
+        return {"unknown": "-", "dense": "dense: no class is singled out"}[sample["kind"]]
+    shares = zip(sample["classes"], sample["weights"], strict=True)
+    parts = [f"class {c}" if len(sample["classes"]) == 1 else f"class {c} {share or 0:.1%}" for c, share in shares]
+    words = f"{sample['kind'].replace('_', ' ')}: {', '.join(parts) or 'all classes alike'}"
+    smoothing = sample["smoothing"] or 0.0
+    return f"{words}; smoothing {smoothing:.3f}" if smoothing > 0 else words
+
+
+def recovery_table(summary: dict[str, Any]) -> Table:
+    """The summary for people: verdicts counted, and the first few labels."""
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["verdicts"].items() if count)
+    table = Table(title=f"{len(summary['samples'])} gradients: {counts}", title_justify="left", title_style="bold")
+    for name, justify in (
+        ("gradient", "right"),
+        ("verdict", "left"),
+        ("label", "left"),
+        ("one standard deviation", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for sample in summary["samples"][:LISTED]:
+        deviation = sample["label_deviation"]
+        table.add_row(
+            str(sample["index"]),
+            sample["verdict"].replace("_", " "),
+            describe_format(sample),
+            "-" if deviation is None else f"{deviation:.0e}",
+        )
+    left = len(summary["samples"]) - LISTED
+    if left > 0:
+        table.caption, table.caption_justify = f"and {left} more", "left"
+    return table
