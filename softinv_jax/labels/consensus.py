@@ -1,6 +1,7 @@
 """The scalar on which most classes agree, polished on all of them: recovery without knowing the label's format."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from softinv_jax.labels.scalar_equation import (
 
 __all__ = ["Consensus", "hypothesis_drift", "polish_consensus", "score_hypotheses"]
 
-# Gauss-Newton from a triple's root is quadratic; the last rounds only let classes join or leave.
-POLISH_STEPS = 5
+# Gauss-Newton from a triple's root is quadratic; the rounds let classes join or leave.
+POLISH_STEPS = 6
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,7 @@ class Consensus:
       agreeing: (C,) bool.
       label: (C,) y = softmax(lambda z + b) - kappa u, unstructured.
       label_deviation: (C,) standard deviations of its entries.
+      deviation_without_one: (C,) the same, had the agreeing class that matters most not agreed.
       surprise: () nats (not positive where the fit did not converge or misses the expected errors): minus the
         logarithm of how many sets of as many classes a dense label would be expected
         to show in agreement by accident.
@@ -50,6 +52,7 @@ class Consensus:
     agreeing: jax.Array
     label: jax.Array
     label_deviation: jax.Array
+    deviation_without_one: jax.Array
     surprise: jax.Array
     informative: jax.Array
     levels: jax.Array
@@ -100,6 +103,10 @@ def score_hypotheses(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
     return jnp.where(possible & ~jnp.isnan(scalar), total, -1.0)
 
 
+def _finite(step: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(step), step, 0.0)
+
+
 def fitted_parameters(unknowns: Unknowns) -> int:
     """Number of unknowns in y_j = c: the level, and lambda and kappa where they are free."""
     return 1 + unknowns.scalar + unknowns.scale
@@ -131,6 +138,18 @@ def hypothesis_drift(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
     return drift
 
 
+class _PolishStep(NamedTuple):
+    """One Gauss-Newton step, all () float64; `inflation` is of the variances when the weightiest class is left out."""
+
+    scalar_step: jax.Array
+    factor_step: jax.Array
+    level: jax.Array
+    scalar_variance: jax.Array
+    factor_variance: jax.Array
+    level_variance: jax.Array
+    inflation: jax.Array
+
+
 def polish_consensus(
     equation: ScalarEquation,
     scalar: jax.Array,
@@ -157,9 +176,7 @@ def polish_consensus(
         label = prediction - factor * equation.left
         return prediction, label, label_deviation(equation, scalar, factor, prediction, label)
 
-    def solve(
-        scalar: jax.Array, factor: jax.Array, agreeing: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    def solve(scalar: jax.Array, factor: jax.Array, agreeing: jax.Array) -> _PolishStep:
         """One Gauss-Newton step and the standard deviations, by successive weighted projection."""
         prediction, label, deviation = evaluate(scalar, factor)
         weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
@@ -173,6 +190,8 @@ def polish_consensus(
             return values - onto * jnp.sum(weights * values * onto) / jnp.where(square == 0, 1.0, square)
 
         residual = centred(label)
+        leverage = weights / total
+        own_scalar, own_factor = jnp.zeros_like(weights), jnp.zeros_like(weights)
         left = centred(equation.left)
         slope = centred(_scalar_derivative(equation, scalar, prediction, unknowns))
         scalar_step, scalar_variance = jnp.zeros(()), jnp.zeros(())
@@ -182,29 +201,34 @@ def polish_consensus(
             scalar_variance = 1 / information
             step = -jnp.sum(weights * free * residual) / information
             scalar_step = jnp.where(information > 0, step, 0.0)
+            own_scalar = weights * free**2 / information
         factor_step, factor_variance = jnp.zeros(()), jnp.zeros(())
         if unknowns.scale:
             remaining = residual + slope * scalar_step if unknowns.scalar else residual
             information = jnp.sum(weights * left**2)
             factor_step = jnp.where(information > 0, jnp.sum(weights * left * remaining) / information, 0.0)
             factor_variance = 1 / information
+            own_factor = weights * left**2 / information
             if unknowns.scalar:
                 correlation = jnp.sum(weights * left * slope) / information
                 factor_variance = factor_variance + correlation**2 * scalar_variance
-        return (
-            scalar_step,
-            factor_step,
-            jnp.sum(weights * label) / total,
-            scalar_variance,
-            factor_variance,
-            1 / total,
+        # Leverage: how much larger the variances were, had the one class that matters most not been there.
+        left_out = jnp.maximum(1 - leverage - own_scalar - own_factor, 1e-12)
+        return _PolishStep(
+            scalar_step=scalar_step,
+            factor_step=factor_step,
+            level=jnp.sum(weights * label) / total,
+            scalar_variance=scalar_variance,
+            factor_variance=factor_variance,
+            level_variance=1 / total,
+            inflation=1 + jnp.max((own_scalar + own_factor) / left_out),
         )
 
-    def advance(scalar: jax.Array, factor: jax.Array, steps: tuple) -> tuple[jax.Array, jax.Array]:
+    def advance(scalar: jax.Array, factor: jax.Array, step: _PolishStep) -> tuple[jax.Array, jax.Array]:
         if unknowns.scalar:
             # Never through zero or beyond a doubling in one step: lambda keeps its sign.
-            scalar = scalar + jnp.clip(steps[0], -jnp.abs(scalar) / 2, jnp.abs(scalar))
-        factor = factor + steps[1] if unknowns.scale else 1 / scalar
+            scalar = scalar + jnp.clip(_finite(step.scalar_step), -jnp.abs(scalar) / 2, jnp.abs(scalar))
+        factor = factor + _finite(step.factor_step) if unknowns.scale else 1 / scalar
         return scalar, factor
 
     def choose(scalar: jax.Array, factor: jax.Array, level: jax.Array, allowance: jax.Array) -> jax.Array:
@@ -220,17 +244,24 @@ def polish_consensus(
         level = jnp.sum(weights * label) / total
         # A class sharper than all that set the level so far may disagree with it by the level's own error.
         allowance = TOLERANCE * jnp.where(jnp.any(agreeing), jax.lax.rsqrt(total), 0.0)
-        kept = choose(scalar, factor, level, jnp.broadcast_to(allowance, drift.shape))
-        return scalar, factor, level, jnp.where(index == 0, agreeing, kept)
+        # What the start's own errors still allow shrinks with every step; in the last ones it is nothing.
+        remaining = jnp.where(jnp.isfinite(drift), 2 * drift * 0.1 ** (index + 1.0), 0.0)
+        kept = choose(scalar, factor, level, allowance + remaining)
+        # A step that loses the classes it was fitted to went astray: hold on to them.
+        kept = jnp.where((index == 0) | (jnp.sum(kept) < fitted_parameters(unknowns)), agreeing, kept)
+        return scalar, factor, level, kept
 
     # Two deviations of the hypothesis: enough to start from most of the classes, few enough to keep others out.
     start = (scalar, factor, level, choose(scalar, factor, level, 2 * drift))
     scalar, factor, level, agreeing = jax.lax.fori_loop(0, steps, step, start)
     prediction, label, deviation = evaluate(scalar, factor)
     solution = solve(scalar, factor, agreeing)
-    _, _, level, scalar_variance, factor_variance, level_variance = solution
-    converged = (jnp.abs(solution[0]) <= jnp.sqrt(scalar_variance) + 1e-9 * jnp.abs(scalar)) & (
-        jnp.abs(solution[1]) <= jnp.sqrt(factor_variance) + 1e-9 * jnp.abs(factor)
+    level, level_variance = solution.level, solution.level_variance
+    scalar_variance, factor_variance = solution.scalar_variance, solution.factor_variance
+    # The last class to join or leave may still move them a little.
+    slack = TOLERANCE / 2
+    converged = (jnp.abs(solution.scalar_step) <= slack * jnp.sqrt(scalar_variance) + 1e-9 * jnp.abs(scalar)) & (
+        jnp.abs(solution.factor_step) <= slack * jnp.sqrt(factor_variance) + 1e-9 * jnp.abs(factor)
     )
     spread = deviation**2 + (equation.left**2) * factor_variance
     if unknowns.scalar:
@@ -259,9 +290,11 @@ def polish_consensus(
     if steps > 0:
         fits = fits & converged
     label_spread = jnp.sqrt(spread)
+    hinging = jnp.sqrt(deviation**2 + (spread - deviation**2) * solution.inflation)
     # Where six deviations span half of all possible values, the label is not known; and outside [0, 1] it is none.
     reach = TOLERANCE * label_spread
-    valid = (label >= -reach) & (label <= 1 + reach) & (reach <= 0.5)
+    # (The bounds get twice the room: a sum of 1 moves the errors of all others onto one entry.)
+    valid = (label >= -2 * reach) & (label <= 1 + 2 * reach) & (reach <= 0.5)
     fits = fits & jnp.all(valid)
     surprise = jnp.where(fits, surprise, jnp.minimum(surprise, 0.0))
     informative = jnp.sum(independent, dtype=jnp.int32)
@@ -275,6 +308,7 @@ def polish_consensus(
         agreeing,
         label,
         label_spread,
+        hinging,
         surprise,
         informative,
         levels,

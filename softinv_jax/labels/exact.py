@@ -156,6 +156,7 @@ def explain_by_likelihood(
         level_deviation=fit.level_deviation,
         label=fit.label,
         label_deviation=fit.label_deviation,
+        deviation_without_one=jnp.hypot(fit.label_deviation, described.deviation_without_one),
         scalar_deviation=fit.scalar_deviation,
         misfit=fit.misfit,
     )

@@ -32,7 +32,7 @@ Method = Literal["exact", "variance", "idlg"]
 # is listed at all only from one in a hundred on.
 UNIQUE_SURPRISE = 13.8
 LISTED_SURPRISE = 4.6
-# Six deviations of every label entry of a unique label: an entry's first digit is certain.
+# Six deviations of every label entry of a unique label: its first digit is certain, and does not hinge on one class.
 SHARP_LABEL = 0.1
 
 
@@ -221,8 +221,9 @@ def _conclude(
     # these (two where lambda is known and only kappa is not), and three have one root.
     shared = 3 if unknowns.scalar else 2
     by_theorem = best.informative - (number_of_classes - count) >= shared
-    rivals = listed & _contradict(found, unknowns)
-    sharp = jnp.all(TOLERANCE * best.label_deviation <= SHARP_LABEL)
+    # A rival that a dense label would show a million times more often is none.
+    rivals = listed & _contradict(found, unknowns) & (found.surprise > best.surprise - UNIQUE_SURPRISE)
+    sharp = jnp.all(TOLERANCE * best.deviation_without_one <= SHARP_LABEL)
     unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & ~jnp.any(rivals) & sharp
     unique = unique & (by_theorem | explanations.exhaustive)
     signal = _has_signal(factors, features)

@@ -189,7 +189,10 @@ def observe_head(
         if part not in gradient:
             raise ValueError(f"the gradients have no layer {path!r}, the parameters' head")
         layer, gradient = layer[part], gradient[part]
-    if "kernel" in layer:
+    held = "kernel" if "kernel" in layer else "weight"
+    if held not in gradient:
+        raise ValueError(f"the gradients of layer {path!r}, the parameters' head, have no {held!r}")
+    if held == "kernel":
         weight, weight_gradient = (
             jnp.swapaxes(layer["kernel"], -1, -2),
             jnp.swapaxes(gradient["kernel"], -1, -2),
