@@ -122,7 +122,16 @@ def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[st
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     table = Table(title="Soft labels per second, mixup, format unknown to exact")
-    columns = ("(C, d)", "exact / s", "recovered", "x plain sum", "compile s", "variance / s", "published / s", "speed-up")
+    columns = (
+        "(C, d)",
+        "exact / s",
+        "recovered",
+        "x plain sum",
+        "compile s",
+        "variance / s",
+        "published / s",
+        "speed-up",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:

@@ -39,6 +39,7 @@ class Consensus:
         to show in agreement by accident.
       informative: () int32, how many distinguishable softmax entries the agreeing classes have: classes that share
         one agree at every lambda alike. levels: () int32, the same among all classes.
+      fits: () bool, converged, with residuals as small as expected, to a valid label that is known to some extent.
       misfit: () mean over the agreeing classes of ((y - c) / deviation)^2 per degree of freedom.
       all float64.
     """
@@ -56,6 +57,7 @@ class Consensus:
     surprise: jax.Array
     informative: jax.Array
     levels: jax.Array
+    fits: jax.Array
     misfit: jax.Array
 
 
@@ -312,5 +314,6 @@ def polish_consensus(
         surprise,
         informative,
         levels,
+        fits,
         misfit,
     )

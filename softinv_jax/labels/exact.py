@@ -150,8 +150,13 @@ def explain_by_likelihood(
         unknowns,
         steps=0,
     )
+    reach = TOLERANCE * fit.label_deviation
+    valid = (fit.label >= -2 * reach) & (fit.label <= 1 + 2 * reach) & (reach <= 0.5)
+    fits = jnp.all(valid) & (fit.misfit <= (TOLERANCE / 2) ** 2)
     described = replace(
         described,
+        fits=fits,
+        surprise=jnp.where(fits, described.surprise, jnp.minimum(described.surprise, 0.0)),
         level=level,
         level_deviation=fit.level_deviation,
         label=fit.label,
@@ -161,6 +166,6 @@ def explain_by_likelihood(
         misfit=fit.misfit,
     )
     none = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described)
-    none = replace(none, surprise=jnp.full_like(described.surprise, -jnp.inf))
+    none = replace(none, fits=jnp.zeros_like(described.fits), surprise=jnp.full_like(described.surprise, -jnp.inf))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), described, none, none)
     return Explanations(stacked, jnp.asarray(False), fit.feature_pull)

@@ -56,7 +56,7 @@ def recover_many(
 
     done = 0
     parts = []
-    if not thorough and method == "exact":
+    if not thorough:
         for start in range(0, examples, chunk):
             part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk)
             parts.append(jax.device_get(_recover_chunk(part, options, False)))
@@ -64,13 +64,14 @@ def recover_many(
                 _name_bad_value(observation)
             report(min(start + chunk, examples), examples)
         result = _stack(parts, examples)
-        unsure = np.flatnonzero(~_settled(result))
+        # The baselines have no thorough search.
+        unsure = np.flatnonzero(~_settled(result)) if method == "exact" else np.empty(0, np.int64)
         done = examples - unsure.size
     else:
         _name_bad_value(observation)
         result, unsure = None, np.arange(examples)
     refined = []
-    size = min(THOROUGH_CHUNK, max(unsure.size, 1))
+    size = min(THOROUGH_CHUNK, examples)
     for start in range(0, unsure.size, size):
         indices = unsure[start : start + size]
         refined.append(jax.device_get(_recover_chunk(_chunk(observation, indices, size), options, True)))

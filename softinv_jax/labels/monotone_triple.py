@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 __all__ = ["log_ratio", "log_ratio_slope", "solve_log_ratio", "tilted_mean", "uniform_cumulant"]
 
-# Newton's method on F is quadratic and F is nearly linear outside |lambda| max(a, b) < 10: from the bracket
-# below, seven steps reach the rounding of float64 over gap ratios of e^12; one is spare.
+# Newton's method on F is quadratic, and F is nearly linear outside |lambda| max(a, b) < 10: from the bracket below,
+# eight steps leave a relative error of at most 1e-10 over gap ratios of e^12, and nearly always none.
 NEWTON_STEPS = 8
 
 

@@ -215,7 +215,8 @@ def _conclude(
     number_of_classes, features = weight.shape
     closed_form = not unknowns.scalar and not unknowns.scale
     found = explanations.found
-    listed = found.surprise >= LISTED_SURPRISE
+    # Noise can leave too little of the structure to tell it from an accident; the likeliest label is still listed.
+    listed = (found.surprise >= LISTED_SURPRISE) | (found.fits & ~factors.is_rounding)
     count = jnp.sum(best.agreeing)
     # docs/uniqueness.md: any other lambda on which as many classes agree would share three distinguishable ones with
     # these (two where lambda is known and only kappa is not), and three have one root.
