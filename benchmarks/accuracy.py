@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -152,6 +153,7 @@ def main() -> None:
                 merged["largest_error"] = max(part["largest_error"] for part in same)
                 merged |= {"classes": number_of_classes, "format": family}
                 rows.append(merged)
+                print(json.dumps(merged), file=sys.stderr, flush=True)
                 table.add_row(
                     name,
                     str(number_of_classes),

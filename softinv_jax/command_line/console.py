@@ -1,5 +1,6 @@
 """What the commands say to people: on stderr while they work, one line where the input is at fault."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -43,19 +44,23 @@ def progress_report(stages_without_terminal: bool = False) -> Iterator[Report]:
     """A progress bar on stderr, gone when the work is done.
 
     Args:
-      stages_without_terminal: where stderr is not a terminal, print each new stage on a line; else nothing.
+      stages_without_terminal: where stderr is not a terminal, print each finished stage on a line; else nothing.
     """
     console = person_console()
     if not console.is_terminal:
-        last = ""
+        current, start = "", time.perf_counter()
 
         def print_stage(done: int, total: int, stage: str) -> None:
-            nonlocal last
-            if stages_without_terminal and stage != last:
-                console.print(stage, markup=False)
-            last = stage
+            nonlocal current, start
+            if stage == current:
+                return
+            # Only once it is over: where a stage fails, the error is all there is to say.
+            if stages_without_terminal and current:
+                console.print(f"{current}: {time.perf_counter() - start:.0f} s", markup=False)
+            current, start = stage, time.perf_counter()
 
         yield print_stage
+        print_stage(0, 0, "")
         return
     columns = (
         SpinnerColumn(),

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     # What follows loads jax, flax and matplotlib.
     from softinv_jax.command_line import demo_files, experiment  # noqa: PLC0415
     from softinv_jax.report.summary import package_versions  # noqa: PLC0415
-    from softinv_jax.report.tables import demo_table  # noqa: PLC0415
+    from softinv_jax.report.tables import demo_tables  # noqa: PLC0415
 
     folder = Path(arguments.out)
     try:
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(results, allow_nan=False, indent=1))
     console = person_console() if arguments.json else result_console()
-    console.print(demo_table(rows))
+    console.print(demo_tables(rows))
     console.print(f"\n{sentence}", markup=False)
     seconds = time.perf_counter() - start
     listed = "".join(f"\n  {file}" for file in files)
@@ -129,7 +129,8 @@ def _load(arguments: argparse.Namespace) -> "tuple[ImageDataset, ImageDataset]":
 
     try:
         if arguments.dataset == PHOTOGRAPHS:
-            public = load_photographs(split="train", seed=arguments.seed)
+            # Without training they only give the mean and deviation of the pixels.
+            public = load_photographs(per_class=200 if arguments.epochs else 20, seed=arguments.seed)
             private = load_photographs(split="test", per_class=50, seed=arguments.seed)
         else:
             options: dict[str, Any] = {"data_dir": arguments.data_dir, "image_size": 32}
@@ -155,9 +156,10 @@ def interpretation(rows: "Sequence[DemoRow]") -> str:
         wrong = sum(row.wrong for row in structured)
         errors = [row.largest_label_error for row in structured if row.largest_label_error is not None]
         accuracy = f" (largest error {max(errors):.0e})" if errors else ""
+        names = ", ".join(dict.fromkeys(row.label_format.replace("_", " ") for row in structured))
         sentences.append(
-            f"What leaks: {recovered:,} of {total:,} gradients of hard, smoothed and mixed labels give away their"
-            f" exact label{accuracy} and last-layer feature, to an observer who is not told the label's format;"
+            f"What leaks: {recovered:,} of {total:,} gradients of structured labels ({names}) give away their"
+            f" label{accuracy} and last-layer feature, to an observer who is not told the label's format;"
             f" {wrong or 'none'} of these claims {'is' if wrong == 1 else 'are'} wrong."
         )
     if dense:

@@ -97,7 +97,7 @@ def _labels(examples: Examples, outcome: Outcome, private: ImageDataset) -> Figu
         low, high = (float(end) for end in np.asarray(recovery.interval)[index])
         note = "no label is claimed"
         if np.isfinite([low, high]).all():
-            note += f":\nevery λ from {low:.3g} to {high:.3g} explains the gradient"
+            note += f":\nthe gradient only says that λ lies between {low:.3g} and {high:.3g}"
         shown.append(
             LabelExample(
                 title=TITLES.get(label_format, label_format.replace("_", " ").capitalize()),

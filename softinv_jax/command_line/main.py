@@ -64,6 +64,9 @@ def _keep_compiled_programs() -> None:
     """Compiling takes most of a short run: keep the programs for the next one, unless the user chose a place."""
     import jax  # noqa: PLC0415 - the parser does not need it
 
+    if "JAX_LOGGING_LEVEL" not in os.environ:
+        # jax 0.10 reports an error for every kept program it loads although nothing is wrong with it.
+        jax.config.update("jax_logging_level", "CRITICAL")
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     # By machine, because a home folder may be shared between machines with different processors.
@@ -76,8 +79,6 @@ def _keep_compiled_programs() -> None:
     if not os.access(folder, os.W_OK):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # jax 0.10 reports an error for every program it loads although nothing is wrong with it.
-    jax.config.update("jax_logging_level", "CRITICAL")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

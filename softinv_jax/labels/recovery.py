@@ -168,9 +168,18 @@ def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unk
     scalar, _ = minimise_variance(equation, excluded)
     label = jax.nn.softmax(scalar * equation.direction) - equation.left / scalar
     kept = jnp.sort(label)[: label.size - excluded]
-    # The search ends within about the square root of the roundoff of log lambda.
-    drift = 1e-7 * (jnp.abs(label) + jnp.abs(equation.left / scalar))
-    found = polish_consensus(equation, scalar, 1 / scalar, jnp.mean(kept), drift, unknowns, steps=0)
+    # The certificate is the consensus around the minimum; the label stays that of the minimum itself.
+    deviation = jnp.std(kept) + 1e-6 * (jnp.abs(label) + jnp.abs(equation.left / scalar))
+    found = polish_consensus(equation, scalar, 1 / scalar, jnp.mean(kept), deviation, unknowns)
+    same = jnp.abs(found.scalar - scalar) <= 1e-3 * jnp.abs(scalar)
+    found = replace(
+        found,
+        scalar=scalar,
+        factor=1 / scalar,
+        label=label,
+        surprise=jnp.where(same, found.surprise, -jnp.inf),
+        fits=found.fits & same,
+    )
     return _single(found)
 
 

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from softinv_jax.labels.verdicts import LabelKind, Recovery, Verdict
@@ -86,12 +87,17 @@ def describe_format(sample: dict[str, Any]) -> str:
 def recovery_table(summary: dict[str, Any]) -> Table:
     """The summary for people: verdicts counted, and the first few labels."""
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["verdicts"].items() if count)
-    table = Table(title=f"{len(summary['samples'])} gradients: {counts}", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"{len(summary['samples'])} gradients: {counts}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+    )
     for name, justify in (
         ("gradient", "right"),
         ("verdict", "left"),
         ("label", "left"),
-        ("one standard deviation", "right"),
+        ("standard\ndeviation", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for sample in summary["samples"][:LISTED]:

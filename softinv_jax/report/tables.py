@@ -1,13 +1,15 @@
-"""The demo's result as rows and as a table for the terminal."""
+"""The demo's result as rows and as tables for the terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["DemoRow", "demo_table"]
+__all__ = ["DemoRow", "demo_tables"]
 
 
 @dataclass(frozen=True)
@@ -37,40 +39,39 @@ class DemoRow:
     samples_per_second: float
 
 
-def demo_table(rows: Sequence[DemoRow]) -> Table:
-    """A table with one section for each network and knowledge of the scale."""
+def demo_tables(rows: Sequence[DemoRow]) -> Group:
+    """A small table for each network and knowledge of the scale, no wider than a terminal of 80 columns."""
+    parts: list[RenderableType] = [
+        Text("What one gradient gives away (the attack is not told the label format)", style="bold")
+    ]
+    for (network, scale_known), section in groupby(rows, key=lambda row: (row.network, row.scale_known)):
+        parts += ["", _section(network, scale_known, list(section))]
+    parts += ["", "Errors are those of recovered labels (unique). Speed is without compilation."]
+    return Group(*parts)
+
+
+def _section(network: str, scale_known: bool, rows: list[DemoRow]) -> Table:
+    scale = "known" if scale_known else "unknown"
+    speed = f"{rows[0].samples_per_second:,.0f} samples per second"
     table = Table(
-        title="What one gradient of the last layer gives away; the attack is not told the label format",
+        title=f"{network} network, {scale} scale: {speed}",
         title_style="bold",
         title_justify="left",
-        caption="Errors are those of recovered (unique) labels. Samples per second: all formats of a section"
-        " together, without compilation.",
-        caption_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("network")
-    table.add_column("scale")
-    table.add_column("label format", no_wrap=True)
-    for name in ("recovered", "wrong", "largest\nlabel error", "median\nfeature error"):
-        table.add_column(name, justify="right")
+    table.add_column("label format", no_wrap=True, min_width=14)
+    for name in ("recovered", "wrong", "largest\nlabel\nerror", "median\nfeature\nerror"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("other verdicts")
-    table.add_column("samples\nper second", justify="right")
-    group = None
     for row in rows:
-        first = group != (row.network, row.scale_known)
-        if first and group is not None:
-            table.add_section()
-        group = (row.network, row.scale_known)
         table.add_row(
-            row.network if first else "",
-            ("known" if row.scale_known else "unknown") if first else "",
             row.label_format.replace("_", " "),
             Text(f"{row.recovered}/{row.total}", style="bold"),
             Text(str(row.wrong), style="bold red" if row.wrong else ""),
             _error(row.largest_label_error),
             _error(row.median_feature_error),
             _other_verdicts(row),
-            f"{row.samples_per_second:,.0f}" if first else "",
         )
     return table
 

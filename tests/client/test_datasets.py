@@ -98,9 +98,7 @@ def test_photographs_reject_bad_arguments() -> None:
 
 
 def test_data_not_prepared_name_the_command_at_once(tmp_path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"(?s)softinv_jax\[tfds-prepare\].*download_and_prepare"
-    ) as error:
+    with pytest.raises(FileNotFoundError, match=r"(?s)softinv_jax\[tfds-prepare\].*download_and_prepare") as error:
         load_tfds("cifar10", "test", data_dir=tmp_path)
     assert str(tmp_path) in str(error.value)
     assert not list(tmp_path.iterdir())

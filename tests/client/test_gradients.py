@@ -71,9 +71,7 @@ def test_last_layer_gradient_is_the_closed_form(layer, with_bias) -> None:
 def test_last_layer_gradient_reaches_float64(layer) -> None:
     expected, _ = closed_form(layer, with_bias=True)
     with jax.enable_x64(True):
-        gradient = last_layer_gradient(
-            layer["weight"], layer["features"][0], layer["labels"][0], layer["bias"]
-        )
+        gradient = last_layer_gradient(layer["weight"], layer["features"][0], layer["labels"][0], layer["bias"])
         assert gradient.weight.dtype == jnp.float64
     np.testing.assert_allclose(gradient.weight, expected[0], atol=1e-15)
 
@@ -96,9 +94,7 @@ def test_model_gradient_of_a_network_ends_in_its_last_layer_gradient() -> None:
     gradients = per_sample_model_gradients(apply_function(network), parameters, images, labels)
     features = jax.jit(lambda batch: network.apply({"params": parameters}, batch, method="features"))(images)
     head = per_sample_last_layer_gradients(parameters["head"]["kernel"].T, features, labels)
-    np.testing.assert_allclose(
-        np.swapaxes(gradients["head"]["kernel"], 1, 2), head.weight, atol=1e-5, rtol=1e-5
-    )
+    np.testing.assert_allclose(np.swapaxes(gradients["head"]["kernel"], 1, 2), head.weight, atol=1e-5, rtol=1e-5)
     compiled = jax.jit(model_gradient, static_argnums=0)
     one = compiled(apply_function(network), parameters, images[1], labels[1])
     jax.tree.map(lambda many, single: np.testing.assert_allclose(many[1], single, atol=1e-5), gradients, one)

@@ -108,18 +108,14 @@ def test_each_family_is_constant_but_for_its_targets(pool) -> None:
 
 def test_strengths_and_weights_follow_their_ranges(pool) -> None:
     images, classes = pool
-    smoothed = sample_batch(
-        jax.random.key(5), "smoothing", images, classes, CLASSES, 4000, smoothing_range=(0.1, 0.4)
-    )
+    smoothed = sample_batch(jax.random.key(5), "smoothing", images, classes, CLASSES, 4000, smoothing_range=(0.1, 0.4))
     strength = np.asarray(smoothed.labels).min(axis=1) * CLASSES
     assert abs(strength.min() - 0.1) < 1e-3
     assert abs(strength.max() - 0.4) < 1e-3
     # Five standard errors of the mean of a uniform variable.
     assert abs(strength.mean() - 0.25) < 5 * 0.3 / np.sqrt(12 * 4000)
     mixed = sample_batch(jax.random.key(6), "mixup", images, classes, CLASSES, 500, mixup_range=(0.3, 0.3))
-    np.testing.assert_allclose(
-        np.sort(np.asarray(mixed.labels), axis=1)[:, -2:], [[0.3, 0.7]] * 500, atol=1e-6
-    )
+    np.testing.assert_allclose(np.sort(np.asarray(mixed.labels), axis=1)[:, -2:], [[0.3, 0.7]] * 500, atol=1e-6)
 
 
 def test_first_image_and_partner_are_uniform_on_the_pool() -> None:

@@ -1,0 +1,286 @@
+"""`softinv recover`: right labels, pure JSON, whole files, and one line for whatever is wrong with the input."""
+
+import json
+import os
+import tempfile
+import zipfile
+
+import numpy as np
+import pytest
+
+from softinv_jax.command_line.main import main
+
+C, D, N = 10, 24, 6
+TARGETS = [3, 7]
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, np.ndarray]:
+    """Hard, smoothed and mixed labels with (softmax - y) x^T, made with NumPy alone."""
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(C, D)) / 3
+    features = generator.random((N, D))
+    labels = np.zeros((N, C))
+    labels[:, TARGETS[0]] = np.resize([1.0, 0.8, 0.6], N)
+    labels[:, TARGETS[1]] = np.resize([0.0, 0.0, 0.4], N)
+    labels += (1 - labels.sum(axis=1, keepdims=True)) / C
+    powers = np.exp(features @ weight.T)
+    errors = powers / powers.sum(axis=1, keepdims=True) - labels
+    gradients = errors[:, :, None] * features[:, None, :]
+    return {"weight": weight, "weight_gradient": gradients, "features": features, "labels": labels}
+
+
+@pytest.fixture
+def observation(truth) -> dict[str, np.ndarray]:
+    return {name: truth[name] for name in ("weight", "weight_gradient")}
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    try:
+        code = main([str(argument) for argument in argv])
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def save(path, arrays) -> str:
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    return str(path)
+
+
+def test_recovers_labels_and_features(tmp_path, capsys, observation, truth) -> None:
+    # A name without .npz is taken as it is.
+    out = tmp_path / "recovered"
+    code, text, _ = run(capsys, "recover", save(tmp_path / "seen.npz", observation), "--out", out)
+    assert code == 0
+    assert "6 unique" in text
+    assert "hard: class 3" in text
+    assert "mixup: class 3 60.0%, class 7 40.0%" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recovered", "seen.npz"]
+    with np.load(out, allow_pickle=False) as file:
+        arrays = dict(file)
+    shapes = {"labels": (N, 1, C), "features": (N, 1, D), "scale": (N,), "verdict": (N, 1), "residual": (N, 1)}
+    assert {name: arrays[name].shape for name in shapes} == shapes
+    # float64 gradients: the scalar is found to about 1e-12, far better than any use of the label needs.
+    np.testing.assert_allclose(arrays["labels"][:, 0], truth["labels"], atol=1e-9)
+    np.testing.assert_allclose(arrays["features"][:, 0], truth["features"], atol=1e-9)
+    np.testing.assert_array_equal(arrays["scale"], 1.0)
+    assert set(arrays["verdict"].ravel()) == {"unique"}
+    assert arrays["verdict"].dtype.kind == "U"
+    assert arrays["kind"][:3, 0].tolist() == ["hard", "smoothing", "mixup"]
+    assert arrays["residual"].max() < 1e-9
+    assert out.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path, capsys, observation) -> None:
+    gradients = observation["weight_gradient"].copy()
+    gradients[1] = 0.0
+    seen = save(tmp_path / "seen.npz", observation | {"weight_gradient": gradients})
+    code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--json")
+    assert (code, errors) == (0, "")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    summary = json.loads(text, parse_constant=refuse)
+    assert summary["verdicts"] == {"no_signal": 1, "unidentifiable": 0, "ambiguous": 0, "unique": N - 1}
+    assert sum(summary["kinds"].values()) == N
+    assert (summary["method"], summary["scale"], summary["dtype"]) == ("exact", "known", "float64")
+    assert (summary["examples"], summary["classes"], summary["features"]) == (N, C, D)
+    assert set(summary["versions"]) >= {"softinv_jax", "jax", "numpy", "python"}
+    samples = summary["samples"]
+    assert [sample["index"] for sample in samples] == list(range(N))
+    assert (samples[0]["verdict"], samples[0]["kind"], samples[0]["classes"]) == ("unique", "hard", [3])
+    assert (samples[1]["verdict"], samples[1]["scalar"], samples[1]["weights"]) == ("no_signal", None, [])
+    with np.load(tmp_path / "out.npz") as file:
+        assert np.isnan(file["labels"][1]).all()
+        assert np.isnan(file["features"][1]).all()
+
+
+def test_unknown_scale_and_bias_and_a_single_gradient(tmp_path, capsys, truth) -> None:
+    weight, features, labels = truth["weight"], truth["features"], truth["labels"]
+    bias = np.linspace(-1, 1, C)
+    powers = np.exp(features @ weight.T + bias)
+    errors = -0.01 * (powers / powers.sum(axis=1, keepdims=True) - labels)
+    seen = save(
+        tmp_path / "seen.npz",
+        {
+            "weight": weight,
+            "weight_gradient": np.outer(errors[2], features[2]),
+            "bias": bias,
+            "bias_gradient": errors[2],
+        },
+    )
+    code, _, _ = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--unknown-scale")
+    assert code == 0
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["labels"].shape == (1, 1, C)
+        assert file["features"].shape == (1, 1, D)
+        np.testing.assert_allclose(file["labels"][0, 0], labels[2], atol=1e-9)
+        np.testing.assert_allclose(file["scale"], -0.01, rtol=1e-9)
+
+
+def without(observation, name):
+    return {key: value for key, value in observation.items() if key != name}
+
+
+BAD_ARRAYS = {
+    "missing key": (lambda o: without(o, "weight_gradient"), "weight_gradient missing"),
+    "unknown key": (lambda o: o | {"label": o["weight"]}, "'label'"),
+    "bias without its gradient": (lambda o: o | {"bias": np.zeros(C)}, "bias_gradient"),
+    "objects": (lambda o: o | {"weight": np.array([[{}] * D] * C, object)}, "Python objects"),
+    "integers": (lambda o: o | {"weight": np.ones((C, D), int)}, "int64"),
+    "complex": (lambda o: o | {"weight": np.ones((C, D), complex)}, "complex128"),
+    "text": (lambda o: o | {"weight": np.full((C, D), "x")}, "float32"),
+    "transposed weight": (lambda o: o | {"weight": o["weight"].T}, "shape"),
+    "flat gradient": (lambda o: o | {"weight_gradient": np.ones(C * D)}, "shape"),
+    "no gradients": (lambda o: o | {"weight_gradient": np.ones((0, C, D))}, "shape"),
+    "scalar bias": (lambda o: o | {"bias": np.zeros(()), "bias_gradient": np.zeros((N, C))}, "bias"),
+    "two classes": (lambda o: {"weight": np.ones((2, D)), "weight_gradient": np.ones((2, D))}, "3"),
+    "NaN": (lambda o: o | {"weight": np.full((C, D), np.nan)}, "not finite"),
+    "infinity": (lambda o: o | {"weight_gradient": o["weight_gradient"] + np.inf}, "not finite"),
+}
+
+
+def check_refused(capsys, out, argv, expected: str) -> None:
+    before = out.read_bytes() if out.is_file() else None
+    siblings = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    code, text, errors = run(capsys, *argv)
+    assert (code, text) == (2, "")
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("softinv")
+    assert errors.endswith("\n")
+    assert "Traceback" not in errors
+    assert expected in errors
+    # Nothing written, nothing left over, nothing lost.
+    assert (out.read_bytes() if out.is_file() else None) == before
+    if siblings is not None:
+        assert sorted(out.parent.iterdir()) == siblings
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_arrays_are_refused_in_one_line(name, tmp_path, capsys, observation) -> None:
+    change, expected = BAD_ARRAYS[name]
+    seen = save(tmp_path / "seen.npz", change(observation))
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"an earlier result")
+    check_refused(capsys, out, ("recover", seen, "--out", out, "--json"), expected)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "cut short", "damaged", "a zip of texts"])
+def test_bad_files_are_refused_in_one_line(kind, tmp_path, capsys, observation) -> None:
+    seen = tmp_path / "seen.npz"
+    expected = "seen.npz"
+    if kind == "folder":
+        seen.mkdir()
+    elif kind == "text":
+        seen.write_text("weight = 1")
+        expected = "not an .npz file"
+    elif kind == "empty":
+        seen.touch()
+    elif kind == "a zip of texts":
+        with zipfile.ZipFile(seen, "w") as archive:
+            archive.writestr("weight", "1")
+            archive.writestr("weight_gradient", "1")
+        expected = "no array"
+    elif kind != "missing":
+        content = bytearray((tmp_path / save(seen, observation)).read_bytes())
+        if kind == "cut short":
+            content = content[: len(content) // 2]
+        else:
+            content[200:400] = bytes(200)
+        seen.write_bytes(content)
+    out = tmp_path / "out.npz"
+    check_refused(capsys, out, ("recover", seen, "--out", out), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--method", "variance"), "--label-format smoothing or mixup"),
+        (("--method", "variance", "--label-format", "mixup", "--unknown-scale"), "known scale"),
+        (("--label-format", "mixup"), "--method variance"),
+        (("--method", "magic"), "magic"),
+        (("--no-such-option",), "--no-such-option"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, expected, tmp_path, capsys, observation) -> None:
+    seen = save(tmp_path / "seen.npz", observation)
+    out = tmp_path / "out.npz"
+    check_refused(capsys, out, ("recover", seen, "--out", out, *options), expected)
+
+
+def test_variance_with_a_bias_is_refused(tmp_path, capsys, observation) -> None:
+    biased = observation | {"bias": np.zeros(C), "bias_gradient": np.zeros((N, C))}
+    seen = save(tmp_path / "seen.npz", biased)
+    out = tmp_path / "out.npz"
+    options = ("--method", "variance", "--label-format", "mixup")
+    check_refused(capsys, out, ("recover", seen, "--out", out, *options), "without bias")
+
+
+def test_out_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, observation, monkeypatch) -> None:
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError("the work has started")
+
+    monkeypatch.setattr("softinv_jax.labels.many.recover_many", no_work)
+    seen = save(tmp_path / "seen.npz", observation)
+    for out, expected in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "out.npz", "folder does not exist"),
+        (tmp_path / "seen.npz", "overwrite"),
+        (tmp_path / "seen.npz" / "out.npz", "folder does not exist"),
+    ):
+        check_refused(capsys, out, ("recover", seen, "--out", out), expected)
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    out = tmp_path / "out.npz"
+    check_refused(capsys, out, ("recover", seen, "--out", out), "Permission denied")
+
+
+def test_a_full_disk_leaves_the_earlier_result(tmp_path, capsys, observation, monkeypatch) -> None:
+    def fill(file, **_: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    seen = save(tmp_path / "seen.npz", observation)
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"an earlier result")
+    monkeypatch.setattr(np, "savez", fill)
+    check_refused(capsys, out, ("recover", seen, "--out", out, "--json"), "No space left on device")
+
+
+def test_interruption_is_one_line_and_its_own_code(tmp_path, capsys, observation, monkeypatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softinv_jax.labels.many.recover_many", interrupt)
+    out = tmp_path / "out.npz"
+    argv = ("recover", save(tmp_path / "seen.npz", observation), "--out", out)
+    assert run(capsys, *argv) == (130, "", "softinv: interrupted\n")
+    assert not out.exists()
+
+
+def test_help_and_version(capsys) -> None:
+    for argv, expected in (
+        (("--help",), "unidentifiable"),
+        (("recover", "--help"), "weight_gradient"),
+        (("demo", "--help"), "photographs"),
+        (("--version",), "jax"),
+    ):
+        code, text, errors = run(capsys, *argv)
+        assert (code, errors) == (0, "")
+        assert expected in text
+    code, text, errors = run(capsys)
+    assert (code, text, errors.count("\n")) == (2, "", 1)

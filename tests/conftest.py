@@ -1,0 +1,164 @@
+"""What all tests share: strict jax settings, a NumPy client, and compiled recoveries."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import softinv_jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compilation is most of the time the tests take; the folder is ignored by git.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One client example: the head, the private feature and label (float64), and the gradient it uploads."""
+
+    weight: np.ndarray
+    feature: np.ndarray
+    label: np.ndarray
+    gradient: np.ndarray
+    bias: np.ndarray | None = None
+    bias_gradient: np.ndarray | None = None
+
+    @property
+    def observation(self) -> softinv_jax.Observation:
+        return softinv_jax.observe(self.weight, self.gradient, self.bias, self.bias_gradient)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def make_label(rng: np.random.Generator, family: str, number_of_classes: int) -> np.ndarray:
+    unit = np.eye(number_of_classes)[rng.permutation(number_of_classes)]
+    strength, share = rng.uniform(0.05, 0.5), rng.uniform(0.1, 0.9)
+    mixed = (1 - share) * unit[0] + share * unit[1]
+    uniform = np.full(number_of_classes, 1 / number_of_classes)
+    labels = {
+        "hard": lambda: unit[0],
+        "smoothing": lambda: (1 - strength) * unit[0] + strength * uniform,
+        "mixup": lambda: mixed,
+        "smoothed_mixup": lambda: (1 - strength) * mixed + strength * uniform,
+        "three_way_mixup": lambda: rng.dirichlet(np.full(3, 5.0)) @ unit[:3],
+        "dirichlet": lambda: rng.dirichlet(np.ones(number_of_classes)),
+        "teacher": lambda: softmax(rng.normal(size=number_of_classes)),
+        "uniform": lambda: uniform,
+        "one_zero": lambda: (1 - unit[0]) / (number_of_classes - 1),
+    }
+    return labels[family]()
+
+
+def make_feature(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
+    normal = rng.normal(size=size)
+    features = {"sigmoid": 1 / (1 + np.exp(-normal)), "signed": normal, "relu": np.maximum(normal, 0)}
+    return features[kind].astype(np.float32).astype(np.float64)
+
+
+def upload(
+    weight: np.ndarray,
+    feature: np.ndarray,
+    label: np.ndarray,
+    bias: np.ndarray | None = None,
+    factor: float = 1.0,
+    dtype: type = np.float32,
+) -> Sample:
+    """The gradient (p - y) x^T in float64, times `factor`, rounded to `dtype` once."""
+    logits = weight.astype(np.float64) @ feature + (0.0 if bias is None else bias.astype(np.float64))
+    error = factor * (softmax(logits) - label)
+    gradient = np.outer(error, feature).astype(dtype)
+    return Sample(weight, feature, label, gradient, bias, None if bias is None else error.astype(dtype))
+
+
+def draw_sample(
+    family: str,
+    seed: int,
+    *,
+    number_of_classes: int = 10,
+    features: int = 32,
+    kind: str = "sigmoid",
+    has_bias: bool = False,
+    factor: float = 1.0,
+    dtype: type = np.float32,
+) -> Sample:
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(-0.5, 0.5, (number_of_classes, features)).astype(np.float32)
+    bias = rng.normal(size=number_of_classes).astype(np.float32) if has_bias else None
+    label = make_label(rng, family, number_of_classes)
+    return upload(weight, make_feature(rng, kind, features), label, bias, factor, dtype)
+
+
+def jit_quickly(function: Callable) -> Callable:
+    """`jax.jit` to the least optimised machine code, which takes half the time to make; it runs only a few times."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def _compiled(options: tuple) -> Callable:
+    return jit_quickly(functools.partial(softinv_jax.recover, **dict(options)))
+
+
+def recover_compiled(
+    sample: Sample,
+    *,
+    unknown_scale: bool = False,
+    thorough: bool = True,
+    method: str = "exact",
+    label_format: str | None = None,
+) -> softinv_jax.Recovery:
+    # Spelled out, so that a default and its explicit value share one compiled program.
+    options = dict(unknown_scale=unknown_scale, thorough=thorough, method=method, label_format=label_format)
+    with jax.enable_x64(sample.gradient.dtype == np.float64):
+        return jax.device_get(_compiled(tuple(options.items()))(sample.observation))
+
+
+def check_honesty(found: softinv_jax.Recovery, label: np.ndarray) -> None:
+    """A unique label is right and sharp: within ten of its own deviations (float32 output: never closer than 1e-6).
+
+    And no label is given where none is claimed.
+    """
+    if found.verdict_name == "unique":
+        deviation = found.evidence.label_deviation.max()
+        assert np.abs(found.label - label).max() < 1e-6 + 10 * deviation
+        assert deviation < 0.05
+        assert found.label.min() >= 0
+        assert found.label.max() <= 1
+    elif found.verdict_name != "ambiguous":
+        assert np.isnan(found.label).all()
+        assert np.isnan(found.feature).all()
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Sample]:
+    """`draw(family, seed, ...)`: a random head, feature and label, and their gradient."""
+    return draw_sample
+
+
+@pytest.fixture(scope="session")
+def client() -> Callable[..., Sample]:
+    """`client(weight, feature, label, bias, factor, dtype)`: the gradient of given data."""
+    return upload
+
+
+@pytest.fixture(scope="session")
+def recover_one() -> Callable[..., softinv_jax.Recovery]:
+    """`recover` compiled once for each set of options and shapes, with NumPy results."""
+    return recover_compiled
+
+
+@pytest.fixture(scope="session")
+def quick_jit() -> Callable[[Callable], Callable]:
+    return jit_quickly
+
+
+@pytest.fixture(scope="session")
+def assert_honest() -> Callable[[softinv_jax.Recovery, np.ndarray], None]:
+    return check_honesty
