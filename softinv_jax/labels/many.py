@@ -112,14 +112,12 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observat
     contiguous = indices.size == size and indices[-1] - indices[0] == size - 1
     pick = slice(int(indices[0]), int(indices[-1]) + 1) if contiguous else padded
 
-    def take(values: jax.Array | None) -> jax.Array | None:
-        return None if values is None else jnp.asarray(values[pick])
-
+    bias_gradient = observation.bias_gradient
     return Observation(
         observation.weight,
-        take(observation.weight_gradient),
+        jnp.asarray(observation.weight_gradient[pick]),
         observation.bias,
-        take(observation.bias_gradient),
+        None if bias_gradient is None else jnp.asarray(bias_gradient[pick]),
     )
 
 

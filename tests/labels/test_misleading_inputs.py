@@ -1,4 +1,4 @@
-"""Inputs meant to mislead: equal rows, fitted samples, extreme sizes, two samples in one, few bits. Never unique and wrong."""
+"""Inputs meant to mislead: equal rows, fitted samples, extreme sizes, two samples in one. Never unique and wrong."""
 
 from collections.abc import Callable
 
