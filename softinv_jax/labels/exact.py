@@ -77,7 +77,7 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorou
     else:
         chosen = jnp.stack([first, argmax(contradicting)])
     polished = jax.vmap(polish)(chosen)
-    found = _distinct(polished)
+    found = _distinct(polished, LISTED if thorough else 2)
     # Contradicting hypotheses beyond those polished would go unseen.
     seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if thorough else 1)
     exhaustive = jnp.asarray(plan.exhaustive) & seen
@@ -89,11 +89,11 @@ def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.A
     return jnp.abs(values - values[chosen]) > TOLERANCE * (deviations + deviations[chosen])
 
 
-def _distinct(polished: Consensus) -> Consensus:
-    """The `LISTED` best consensuses with different classes in agreement; surprise -inf where there are fewer."""
+def _distinct(polished: Consensus, listed: int) -> Consensus:
+    """The `listed` best consensuses with different classes in agreement; surprise -inf where there are fewer."""
     surprise = jnp.where(jnp.isnan(polished.surprise), -jnp.inf, polished.surprise)
     picks, left = [], surprise
-    for _ in range(min(LISTED, surprise.size)):
+    for _ in range(listed):
         best = argmax(left)
         picks.append((best, left[best]))
         same = jnp.all(polished.agreeing == polished.agreeing[best][None, :], axis=1)

@@ -16,6 +16,7 @@ __all__ = ["feasible_interval"]
 
 GRID = 96
 BISECTIONS = 30
+CLIMBS = 60
 
 
 def feasible_interval(equation: ScalarEquation, unknowns: Unknowns) -> jax.Array:
@@ -30,14 +31,31 @@ def feasible_interval(equation: ScalarEquation, unknowns: Unknowns) -> jax.Array
         return jnp.array([-jnp.inf, jnp.inf])
     spread = jnp.max(equation.direction) - jnp.min(equation.direction)
     positive = jnp.geomspace(1e-3, 1e3, GRID) / jnp.where(spread > 0, spread, 1.0)
-    scalars = jnp.concatenate([-positive[::-1], positive])
 
-    def feasible(scalar: jax.Array) -> jax.Array:
+    def slack(scalar: jax.Array) -> jax.Array:
+        """How far the worst entry is inside [0, 1], its error allowed for; not negative where lambda is feasible."""
         prediction = probabilities(equation, scalar)
         label = prediction - equation.left / scalar
         margin = TOLERANCE * label_deviation(equation, scalar, 1 / scalar, prediction, label)
-        return jnp.all((label >= -margin) & (label <= 1 + margin))
+        return jnp.min(jnp.minimum(label, 1 - label) + margin)
 
+    def feasible(scalar: jax.Array) -> jax.Array:
+        return slack(scalar) >= 0
+
+    def climb(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Ternary search for a peak of the slack: stretches narrower than the grid, a single point even."""
+        low, high = bounds
+        first, second = (2 * low + high) / 3, (low + 2 * high) / 3
+        rising = slack(first) < slack(second)
+        return jnp.where(rising, first, low), jnp.where(rising, high, second)
+
+    def peak(low: jax.Array, high: jax.Array) -> jax.Array:
+        low, high = jax.lax.fori_loop(0, CLIMBS, climb, (low, high))
+        return (low + high) / 2
+
+    sides = [-positive[::-1], positive]
+    peaks = [jax.vmap(peak)(side[:-2], side[2:]) for side in sides]
+    scalars = jnp.sort(jnp.concatenate([*sides, *peaks]))
     allowed = jax.vmap(feasible)(scalars)
 
     def end(order: jax.Array, flags: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ def structured_label(label: jax.Array, deviation: jax.Array, agreeing: jax.Array
     share = jnp.where(
         total > 0, variance / jnp.where(total > 0, total, 1.0), targets / jnp.maximum(jnp.sum(targets), 1)
     )
-    structured = jnp.where(targets, label + missing * share, level)
+    structured = jnp.where(targets, jnp.clip(label + missing * share, 0.0, 1.0), level)
     return jnp.where(jnp.any(targets), structured, 1 / label.size)
 
 

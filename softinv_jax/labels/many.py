@@ -135,7 +135,10 @@ def _settled(result: Recovery) -> np.ndarray:
     # A hundred roundings of the dtype: where the single column read so far no longer fixes the label that well,
     # averaging over all of the gradient pays.
     sharp = np.max(result.evidence.label_deviation, axis=-1) < 100 * rounding
-    return ((result.verdict == Verdict.UNIQUE) & sharp) | (result.verdict == Verdict.NO_SIGNAL)
+    # Residuals beyond what independent roundings explain: the client may sum in another order than expected.
+    expected = result.evidence.misfit <= 1
+    unique = result.verdict == Verdict.UNIQUE
+    return (unique & sharp & expected) | (result.verdict == Verdict.NO_SIGNAL)
 
 
 def _stack(parts: list[Recovery], examples: int) -> Recovery:

@@ -131,7 +131,7 @@ def _draw_label(axes: Axes, example: LabelExample, class_names: Sequence[str]) -
     axes.set_title(f"{example.title}: {example.verdict}", loc="left", fontsize=12)
     if is_claimed:
         error = np.max(np.abs(example.recovered - example.true))
-        axes.set_title(f"largest error {error:.0e}", loc="right", fontsize=10, color=GRAY)
+        axes.set_title(f"largest error {error:.0e}" if error > 0 else "no error", loc="right", fontsize=10, color=GRAY)
     axes.spines[["top", "right"]].set_visible(False)
     if places.size <= NAMED_CLASSES:
         names = [name.replace("_", " ") for name in class_names]

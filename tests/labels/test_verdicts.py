@@ -129,13 +129,33 @@ def test_three_or_four_classes_are_right_or_honest(
     for seed in range(15):
         sample = draw(family, seed, number_of_classes=number_of_classes)
         found = recover_one(sample)
+        assert found.verdict_name != "no_signal"
         assert_honest(found, sample.label)
         if found.verdict_name == "ambiguous":
             assert lists_the_truth(found, sample.label)
-        elif found.verdict_name == "unidentifiable":
-            low, high = found.interval
-            norm = np.linalg.norm(sample.feature)
-            assert low <= norm <= high or low <= -norm <= high
+
+
+LONE_POINT = "Two zeros leave one feasible lambda, which lies between the points of the interval's grid."
+FEW_CLASSES = [
+    ("hard", 3),
+    ("smoothing", 3),
+    ("mixup", 3),
+    pytest.param("mixup", 4, marks=pytest.mark.xfail(strict=True, reason=LONE_POINT)),
+]
+
+
+@pytest.mark.parametrize(("family", "number_of_classes"), FEW_CLASSES)
+def test_interval_of_few_classes_holds_the_truth(
+    draw: Callable, recover_one: Callable, family: str, number_of_classes: int
+) -> None:
+    for seed in range(15):
+        sample = draw(family, seed, number_of_classes=number_of_classes)
+        found = recover_one(sample)
+        low, high = found.interval
+        # To the float32 rounding of the result: the truth is often the end itself.
+        norm = np.linalg.norm(sample.feature) * np.array([1 - 1e-5, 1 + 1e-5])
+        assert found.verdict_name == "unidentifiable"
+        assert (low <= norm[1] and norm[0] <= high) or (low <= -norm[0] and -norm[1] <= high)
 
 
 def test_five_classes_leave_mixup_ambiguous_with_the_truth_among_the_candidates(
