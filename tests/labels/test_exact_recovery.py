@@ -150,14 +150,16 @@ def test_the_evidence_counts_the_classes_that_agree(draw: Callable, recover_one:
         assert evidence.residual < 1e-6
 
 
-def test_label_deviations_are_those_of_the_errors(draw: Callable, recover_one: Callable) -> None:
+@pytest.mark.parametrize("thorough", [False, True])
+def test_label_deviations_cover_the_errors(draw: Callable, recover_one: Callable, thorough: bool) -> None:
+    """The fast search expects independent roundings; the thorough one allows for sums that drift, five times as far."""
     errors = []
     for seed in range(40):
         sample = draw("smoothed_mixup", seed)
-        found = recover_one(sample)
+        found = recover_one(sample, thorough=thorough)
         errors.append(np.abs(found.label - sample.label) / found.evidence.label_deviation)
     assert np.max(errors) < 6
-    assert np.mean(np.square(errors)) > 0.01
+    assert np.mean(np.square(errors)) > (0.01 / 25 if thorough else 0.01)
 
 
 def test_vmap_of_one_is_the_compiled_recovery(draw: Callable, recover_one: Callable, quick_jit: Callable) -> None:
