@@ -81,7 +81,7 @@ def _surprise(margin: jax.Array, gradient: jax.Array) -> jax.Array:
     which everything agrees with everything: kappa -> 0 with lambda -> 0 (uniform) or infinity (one-hot).
     """
     room = jnp.minimum(1.0 / margin.shape[-1], jnp.abs(gradient))
-    return jnp.where(room > 2 * margin, jnp.log(room) - jnp.log(2 * margin), 0.0)
+    return jnp.log(jnp.maximum(room / (2 * margin), 1.0))
 
 
 def score_hypotheses(equation: ScalarEquation, hypotheses: Hypotheses, unknowns: Unknowns) -> jax.Array:
@@ -140,6 +140,16 @@ def hypothesis_drift(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
     return drift
 
 
+class _Point(NamedTuple):
+    """lambda and kappa, () float64, and what follows from them, (C,) float64."""
+
+    scalar: jax.Array
+    factor: jax.Array
+    prediction: jax.Array
+    label: jax.Array
+    deviation: jax.Array
+
+
 class _PolishStep(NamedTuple):
     """One Gauss-Newton step, all () float64; `inflation` is of the variances when the weightiest class is left out."""
 
@@ -173,14 +183,14 @@ def polish_consensus(
       steps: static; 0 only describes the given point.
     """
 
-    def evaluate(scalar: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def evaluate(scalar: jax.Array, factor: jax.Array) -> _Point:
         prediction = probabilities(equation, scalar)
         label = prediction - factor * equation.left
-        return prediction, label, label_deviation(equation, scalar, factor, prediction, label)
+        return _Point(scalar, factor, prediction, label, label_deviation(equation, scalar, factor, prediction, label))
 
-    def solve(scalar: jax.Array, factor: jax.Array, agreeing: jax.Array) -> _PolishStep:
+    def solve(point: _Point, agreeing: jax.Array) -> _PolishStep:
         """One Gauss-Newton step and the standard deviations, by successive weighted projection."""
-        prediction, label, deviation = evaluate(scalar, factor)
+        scalar, _, prediction, label, deviation = point
         weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
         total = jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float64).tiny)
 
@@ -226,38 +236,37 @@ def polish_consensus(
             inflation=1 + jnp.max((own_scalar + own_factor) / left_out),
         )
 
-    def advance(scalar: jax.Array, factor: jax.Array, step: _PolishStep) -> tuple[jax.Array, jax.Array]:
+    def advance(point: _Point, step: _PolishStep) -> _Point:
+        scalar, factor = point.scalar, point.factor
         if unknowns.scalar:
             # Never through zero or beyond a doubling in one step: lambda keeps its sign.
             scalar = scalar + jnp.clip(_finite(step.scalar_step), -jnp.abs(scalar) / 2, jnp.abs(scalar))
         factor = factor + _finite(step.factor_step) if unknowns.scale else 1 / scalar
-        return scalar, factor
+        return evaluate(scalar, factor)
 
-    def choose(scalar: jax.Array, factor: jax.Array, level: jax.Array, allowance: jax.Array) -> jax.Array:
-        _, label, deviation = evaluate(scalar, factor)
-        return jnp.abs(label - level) <= TOLERANCE * deviation + allowance
+    def choose(point: _Point, level: jax.Array, allowance: jax.Array) -> jax.Array:
+        return jnp.abs(point.label - level) <= TOLERANCE * point.deviation + allowance
 
-    def step(index: int, state: tuple) -> tuple:
-        scalar, factor, _, agreeing = state
-        scalar, factor = advance(scalar, factor, solve(scalar, factor, agreeing))
-        _, label, deviation = evaluate(scalar, factor)
-        weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
+    def step(index: int, state: tuple[_Point, jax.Array]) -> tuple[_Point, jax.Array]:
+        point, agreeing = state
+        point = advance(point, solve(point, agreeing))
+        weights = jnp.where(agreeing, 1 / point.deviation**2, 0.0)
         total = jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float64).tiny)
-        level = jnp.sum(weights * label) / total
+        level = jnp.sum(weights * point.label) / total
         # A class sharper than all that set the level so far may disagree with it by the level's own error.
         allowance = TOLERANCE * jnp.where(jnp.any(agreeing), jax.lax.rsqrt(total), 0.0)
         # What the start's own errors still allow shrinks with every step; in the last ones it is nothing.
         remaining = jnp.where(jnp.isfinite(drift), 2 * drift * 0.1 ** (index + 1.0), 0.0)
-        kept = choose(scalar, factor, level, allowance + remaining)
+        kept = choose(point, level, allowance + remaining)
         # A step that loses the classes it was fitted to went astray: hold on to them.
         kept = jnp.where((index == 0) | (jnp.sum(kept) < fitted_parameters(unknowns)), agreeing, kept)
-        return scalar, factor, level, kept
+        return point, kept
 
     # Two deviations of the hypothesis: enough to start from most of the classes, few enough to keep others out.
-    start = (scalar, factor, level, choose(scalar, factor, level, 2 * drift))
-    scalar, factor, level, agreeing = jax.lax.fori_loop(0, steps, step, start)
-    prediction, label, deviation = evaluate(scalar, factor)
-    solution = solve(scalar, factor, agreeing)
+    point = evaluate(scalar, factor)
+    point, agreeing = jax.lax.fori_loop(0, steps, step, (point, choose(point, level, 2 * drift)))
+    scalar, factor, prediction, label, deviation = point
+    solution = solve(point, agreeing)
     level, level_variance = solution.level, solution.level_variance
     scalar_variance, factor_variance = solution.scalar_variance, solution.factor_variance
     # The last class to join or leave may still move them a little.

@@ -33,12 +33,12 @@ class Explanations:
     Attributes:
       found: `Consensus` with a leading axis (K,).
       exhaustive: () bool, every triple of classes was tried, so that no other explanation exists.
-      feature_pull: (C,) correction of the feature under noise, see `LikelihoodFit`; zero without.
+      feature_pull: (C,) correction of the feature under noise, see `LikelihoodFit`; None or zero without.
     """
 
     found: Consensus
     exhaustive: jax.Array
-    feature_pull: jax.Array
+    feature_pull: jax.Array | None
 
 
 def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool) -> Explanations:
@@ -81,7 +81,7 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorou
     # Contradicting hypotheses beyond those polished would go unseen.
     seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if thorough else 1)
     exhaustive = jnp.asarray(plan.exhaustive) & seen
-    return Explanations(found, exhaustive, jnp.zeros((number_of_classes,)))
+    return Explanations(found, exhaustive, jnp.zeros((number_of_classes,)) if thorough else None)
 
 
 def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -10,13 +10,14 @@ t over the classes that are singled out. Generalised least squares in (lambda, k
 its Gauss-Newton iteration; the sum constraint of the label is built into y(w).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from softinv_jax.float64 import argmax, argsort
+from softinv_jax.float64 import argmax, argmin, argsort
 from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, label_deviation
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
@@ -26,6 +27,7 @@ TARGET_SLOTS = 8
 GRID = 64
 ROUNDS = 8
 STEPS = 3
+STEP_SHARES = (1.0, 0.5, 0.25, 0.0625, 0.0)
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +38,7 @@ class LikelihoodFit:
     scalar: () lambda. factor: () kappa. label: (C,) y(w). label_deviation: (C,). scalar_deviation: ().
     agreeing: (C,) bool, classes not singled out. level_deviation: () of their common level.
     feature_pull: (C,) q; the feature is lambda v - lambda^2 tau^2 P W^T q.
-    cost: () minus twice the log-likelihood plus the price of each class singled out; the lower, the likelier the
-      explanation.
+    cost: () minus twice the logarithm of the evidence; the lower, the likelier the explanation.
     misfit: () chi^2 per degree of freedom.
     """
 
@@ -53,11 +54,21 @@ class LikelihoodFit:
     misfit: jax.Array
 
 
+class _State(NamedTuple):
+    """Where the iteration stands: lambda (), kappa (), the weights (slots,), and q (C,), which stands for zeta."""
+
+    scalar: jax.Array
+    factor: jax.Array
+    weights: jax.Array
+    dual: jax.Array
+
+
 class _Step(NamedTuple):
     """One generalised least-squares solution around a state."""
 
     change: jax.Array  # (2 + slots,) of lambda, kappa and the weights
     parameter_covariance: jax.Array
+    parameter_log_determinant: jax.Array  # of the inverse of that covariance
     slope: jax.Array  # (C, C) dp / dlogits
     chi_squared: jax.Array  # before the change
     log_determinant: jax.Array  # of the residual's covariance
@@ -125,35 +136,36 @@ def fit_likelihood(
     order = argsort(agreeing.astype(jnp.float64))[: min(TARGET_SLOTS, max(number_of_classes - 4, 1))]
     active = ~agreeing[order]
 
-    def model(scalar: jax.Array, factor: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # Only rounding and the noise on u: the noise on v is in direction_covariance.
+    own = replace(equation, direction_deviation=jnp.zeros_like(equation.direction_deviation))
+
+    def evaluate(scalar: jax.Array, factor: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset + shift)
-        softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
         raw = prediction - factor * equation.left
-        # Only rounding and the noise on u: the noise on v is in direction_covariance.
-        own = ScalarEquation(
-            equation.direction,
-            equation.offset,
-            equation.left,
-            equation.left_deviation,
-            jnp.zeros_like(equation.direction_deviation),
-            equation.weight_norm,
-            equation.roundoff,
-            equation.known_scalar,
-        )
-        deviation = label_deviation(own, scalar, factor, prediction, raw)
+        return prediction, raw, label_deviation(own, scalar, factor, prediction, raw)
+
+    def model(scalar: jax.Array, factor: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        prediction, raw, deviation = evaluate(scalar, factor, shift)
+        softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
         spread = softmax_slope @ direction_covariance @ softmax_slope * scalar**2
         return raw, softmax_slope, jnp.diag(deviation**2) + spread
 
-    def columns(scalar: jax.Array, slope: jax.Array, slots: jax.Array, active: jax.Array) -> jax.Array:
-        """(C, 2 + slots) derivatives of the label equation; unused columns are zero."""
+    def columns(
+        state: _State, slope: jax.Array, logit_gradient: jax.Array, slots: jax.Array, active: jax.Array
+    ) -> jax.Array:
+        """(C, 2 + slots) derivatives of the label equation; unused columns are zero.
+
+        With g = p - y for kappa u: the errors of u grow with kappa, and so the likelihood is not least squares in
+        it with u as regressor, which its noise would bias.
+        """
         zero = jnp.zeros((number_of_classes,))
         by_scalar, by_factor = zero, zero
         if unknowns.scalar:
             by_scalar = slope @ equation.direction
             if not unknowns.scale:
-                by_scalar = by_scalar + equation.left / scalar**2
+                by_scalar = by_scalar + logit_gradient / state.scalar
         if unknowns.scale:
-            by_factor = -equation.left
+            by_factor = -logit_gradient / state.factor
         chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64).T - 1 / number_of_classes
         return jnp.concatenate([by_scalar[:, None], by_factor[:, None], -chosen * active[None, :]], axis=1)
 
@@ -161,18 +173,34 @@ def fit_likelihood(
         chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64) - 1 / number_of_classes
         return 1 / number_of_classes + jnp.where(active, weights, 0.0) @ chosen
 
-    def solve(state: tuple, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> _Step:
-        scalar, factor, weights, shift = state
+    def shift_of(scalar: jax.Array, dual: jax.Array) -> jax.Array:
+        """zeta, which generalised least squares gives as -lambda^2 tau^2 W P W^T q."""
+        return -(scalar**2) * direction_covariance @ dual
+
+    def objective(state: _State, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> jax.Array:
+        """Chi^2 of the errors of u and of v that the state stands for, and of the priors."""
+        scalar, factor, weights, dual = state
+        shift = shift_of(scalar, dual)
+        _, raw, deviation = evaluate(scalar, factor, shift)
+        used = jnp.where(active, weights, 0.0)
+        residual = (raw - weights_to_label(weights, slots, active)) / deviation
+        tie = jnp.where(sum_precision > 0, sum_precision * (jnp.sum(used) - 1) ** 2, 0.0)
+        return jnp.sum(residual**2) - jnp.sum(dual * shift) + jnp.sum(used**2) + tie
+
+    def solve(state: _State, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> _Step:
+        scalar, factor, weights, dual = state
+        shift = shift_of(scalar, dual)
         raw, slope, covariance = model(scalar, factor, shift)
-        residual = raw - weights_to_label(weights, slots, active) - slope @ shift
-        design = columns(scalar, slope, slots, active)
+        mismatch = raw - weights_to_label(weights, slots, active)
+        residual = mismatch - slope @ shift
+        design = columns(state, slope, mismatch + factor * equation.left, slots, active)
         precision, log_determinant = inverse_and_log_determinant(covariance)
         weighted, weighted_residual = precision @ design, precision @ residual
         # A weight lies in (-1, 1): the prior N(0, 1) is nothing beside data that says anything about it.
         prior = jnp.concatenate([jnp.zeros((2,)), active.astype(jnp.float64)])
         normal = design.T @ weighted + jnp.diag(prior) + sum_precision * prior[:, None] * prior[None, :]
         used = jnp.diag(normal) > 0
-        inverse, _ = inverse_and_log_determinant(normal + jnp.diag(jnp.where(used, 0.0, 1.0)))
+        inverse, parameter_log_determinant = inverse_and_log_determinant(normal + jnp.diag(jnp.where(used, 0.0, 1.0)))
         used_weights = jnp.where(active, weights, 0.0)
         excess = sum_precision * (jnp.sum(used_weights) - 1)
         pull = jnp.concatenate([jnp.zeros((2,)), used_weights]) + prior * excess
@@ -180,6 +208,7 @@ def fit_likelihood(
         return _Step(
             change=change,
             parameter_covariance=inverse,
+            parameter_log_determinant=parameter_log_determinant,
             slope=slope,
             chi_squared=jnp.sum(residual * weighted_residual) + jnp.sum(used_weights**2),
             log_determinant=log_determinant,
@@ -188,16 +217,29 @@ def fit_likelihood(
             precision=precision,
         )
 
-    def advance(state: tuple, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> tuple:
-        scalar, factor, weights, shift = state
+    def advance(state: _State, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> _State:
+        """The largest part of a Gauss-Newton step that lowers the objective most; none if nothing lowers it."""
         step = solve(state, slots, active, sum_precision)
-        shift = -(scalar**2) * direction_covariance @ (step.slope @ step.whitened_residual)
-        if unknowns.scalar:
-            scalar = scalar + jnp.clip(step.change[0], -jnp.abs(scalar) / 2, jnp.abs(scalar))
-        factor = factor + step.change[1] if unknowns.scale else 1 / scalar
-        return scalar, factor, weights + step.change[2:], shift
+        new_dual = step.slope @ step.whitened_residual
+        # Neither through zero nor beyond a doubling at once: lambda keeps its sign.
+        limit = jnp.where(step.change[0] * jnp.sign(state.scalar) < 0, 0.5, 1.0) * jnp.abs(state.scalar)
+        longest = jnp.minimum(1.0, limit / jnp.maximum(jnp.abs(step.change[0]), jnp.finfo(jnp.float64).tiny))
 
-    def reconsider(state: tuple, slots: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def part(share: jax.Array) -> _State:
+            share = share * longest
+            scalar, factor = state.scalar, state.factor
+            if unknowns.scalar:
+                scalar = scalar + share * step.change[0]
+            factor = factor + share * step.change[1] if unknowns.scale else 1 / scalar
+            weights = state.weights + share * step.change[2:]
+            return _State(scalar, factor, weights, state.dual + share * (new_dual - state.dual))
+
+        parts = jax.vmap(part)(jnp.asarray(STEP_SHARES))
+        values = jax.vmap(lambda state: objective(state, slots, active, sum_precision))(parts)
+        best = argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+        return jax.tree.map(lambda leaf: leaf[best], parts)
+
+    def reconsider(state: _State, slots: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Decide whether there is any smoothing; then single one more class out, or let the weakest go."""
         free = solve(state, slots, active, jnp.zeros(()))
         counted = active.astype(jnp.float64)
@@ -239,27 +281,22 @@ def fit_likelihood(
     def singling_price(deviation: jax.Array) -> jax.Array:
         """What chi^2 must fall by for one more class: twice minus the logarithm of the Bayesian evidence ratio.
 
-        Its weight is equally likely to be anything in (0, 1), of which the data leaves sqrt(2 pi) deviations,
-        it may be any of the C classes, and it is there at all in one label of a hundred.
+        Its weight is equally likely to be anything in (0, 1), of which the data leaves sqrt(2 pi) deviations, and
+        it may be any of the C classes.
         """
         share = jnp.minimum(jnp.sqrt(2 * jnp.pi) * deviation, 1.0)
-        return -2 * jnp.log(share) + 2 * jnp.log(100.0 * number_of_classes)
+        return -2 * jnp.log(share) + 2 * np.log(number_of_classes)
 
     def round_of_steps(_: int, carry: tuple) -> tuple:
         state, slots, active, sum_precision = carry
         state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
         slots, active_next, sum_precision = reconsider(state, slots, active)
-        scalar, factor, weights, shift = state
-        return (
-            (scalar, factor, jnp.where(active_next, weights, 0.0), shift),
-            slots,
-            active_next,
-            sum_precision,
-        )
+        state = state._replace(weights=jnp.where(active_next, state.weights, 0.0))
+        return state, slots, active_next, sum_precision
 
     raw = jax.nn.softmax(scalar * equation.direction + equation.offset) - factor * equation.left
     level = (1 - jnp.sum(jnp.where(agreeing, 0.0, raw))) / jnp.maximum(jnp.sum(agreeing), 1)
-    start = (scalar, factor, jnp.where(active, raw[order] - level, 0.0), jnp.zeros_like(raw))
+    start = _State(scalar, factor, jnp.where(active, raw[order] - level, 0.0), jnp.zeros_like(raw))
     carry = (start, order, active, jnp.zeros(()))
     state, slots, active, sum_precision = jax.lax.fori_loop(0, ROUNDS, round_of_steps, carry)
     state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
@@ -273,17 +310,20 @@ def fit_likelihood(
     singled = jnp.any(jax.nn.one_hot(slots, number_of_classes) * active[:, None] > 0, axis=0)
     label = weights_to_label(weights, slots, active)
     label_deviation_ = jnp.sqrt(label_variance)
-    prices = jnp.where(active, singling_price(jnp.sqrt(jnp.diag(inverse)[2:])), 0.0)
-    below_zero = jnp.where(
-        label_deviation_ > 0,
-        jnp.minimum(label / jnp.where(label_deviation_ > 0, label_deviation_, 1.0), 0.0),
-        0.0,
-    )
-    # In terms of the observed u, whose errors do not depend on kappa.
-    log_determinant = final.log_determinant - 2 * number_of_classes * jnp.log(jnp.abs(factor))
-    share_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :]))
-    prices = prices + jnp.where(sum_precision > 0, 0.0, smoothing_price(share_variance)) / prices.size
-    cost = final.chi_squared + log_determinant + jnp.sum(prices) + jnp.max(below_zero**2)
+    # Twice minus the logarithm of the evidence, by Laplace's method: likelihood (in terms of the observed u, whose
+    # errors do not depend on kappa), the volume the data leaves to the parameters, and their priors.
+    log_likelihood = final.chi_squared + final.log_determinant - 2 * number_of_classes * jnp.log(jnp.abs(factor))
+    free = jnp.sum(active) + unknowns.scalar + unknowns.scale - (sum_precision > 0)
+    volume = final.parameter_log_determinant - free * jnp.log(2 * jnp.pi)
+    volume = volume - jnp.where(sum_precision > 0, jnp.log(jnp.where(sum_precision > 0, sum_precision, 1.0)), 0.0)
+    # lambda and kappa may be of any order of magnitude alike.
+    prior = 2 * unknowns.scalar * jnp.log(jnp.abs(scalar)) + 2 * unknowns.scale * jnp.log(jnp.abs(factor))
+    prior = prior + 2 * jnp.sum(active) * np.log(number_of_classes)
+    # The share of that volume in which the label has no negative entry.
+    uncertain = label_deviation_ > 0
+    margin = jnp.where(uncertain, label / jnp.where(uncertain, label_deviation_, 1.0), jnp.inf)
+    validity = -2 * jax.scipy.special.log_ndtr(jnp.clip(jnp.min(margin), -1e3, 1e3))
+    cost = log_likelihood + volume + prior + validity
     freedom = number_of_classes - unknowns.scalar - unknowns.scale - jnp.sum(active)
     return LikelihoodFit(
         scalar=scalar,

@@ -1,6 +1,7 @@
 """`recover_many`: thousands of gradients, the fast search for all and the thorough one for those that need it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,8 +16,11 @@ from softinv_jax.observation.head import Observation, check_finite, observe
 
 __all__ = ["recover_many"]
 
-# Gradients worked on at once: enough to fill the cores, small enough to stay in the cache between two reads.
+# Gradients worked on at once: few enough to stay in the cache between two reads, but enough that what all of them
+# share (W in float64) is paid for once in a while only.
 CHUNK_BYTES = 32 * 2**20
+CHUNK_SAMPLES = 32
+LARGEST_CHUNK_BYTES = 256 * 2**20
 THOROUGH_CHUNK = 16
 
 
@@ -45,13 +49,25 @@ def recover_many(
     Raises:
       ValueError: as `recover`, with the index of the first example concerned where a value is not finite.
     """
-    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    observation = observe(
+        observation.weight,
+        observation.weight_gradient,
+        observation.bias,
+        observation.bias_gradient,
+        check_values=False,
+    )
+    check_finite("weight", observation.weight)
     gradient = observation.weight_gradient
     if gradient.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
     examples = gradient.shape[0]
     options = _Options(method, unknown_scale, label_format)
-    chunk = max(1, min(examples, CHUNK_BYTES // (gradient[0].size * gradient.dtype.itemsize)))
+    chunk = _chunk_size(examples, gradient[0].size * gradient.dtype.itemsize)
+    # The search computes in float64 anyway: converted here, W is converted once and not once a chunk.
+    observation = replace(observation, weight=jnp.asarray(observation.weight, jnp.float64))
+    if isinstance(gradient, jax.Array) and all(device.platform == "cpu" for device in gradient.devices()):
+        # A view, of which chunks are taken without copying.
+        observation = replace(observation, weight_gradient=np.asarray(gradient))  # type: ignore[arg-type]
     report = progress or (lambda done, total: None)
 
     done = 0
@@ -106,6 +122,12 @@ def _recover_chunk(observation: Observation, options: _Options, thorough: bool) 
     return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
 
 
+def _chunk_size(examples: int, sample_bytes: int) -> int:
+    samples = max(CHUNK_BYTES // sample_bytes, min(CHUNK_SAMPLES, LARGEST_CHUNK_BYTES // sample_bytes), 1)
+    # Even chunks: none is padded by more than the number of chunks.
+    return -(-examples // -(-examples // samples))
+
+
 def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observation:
     """The examples at `indices`, the last repeated up to `size` so that one compiled program serves all chunks."""
     padded = np.append(indices, np.full(size - indices.size, indices[-1]))
@@ -115,9 +137,9 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observat
     bias_gradient = observation.bias_gradient
     return Observation(
         observation.weight,
-        jnp.asarray(observation.weight_gradient[pick]),
+        jax.device_put(observation.weight_gradient[pick]),
         observation.bias,
-        None if bias_gradient is None else jnp.asarray(bias_gradient[pick]),
+        None if bias_gradient is None else jax.device_put(bias_gradient[pick]),
     )
 
 
@@ -135,10 +157,14 @@ def _settled(result: Recovery) -> np.ndarray:
     # A hundred roundings of the dtype: where the single column read so far no longer fixes the label that well,
     # averaging over all of the gradient pays.
     sharp = np.max(result.evidence.label_deviation, axis=-1) < 100 * rounding
-    # Residuals beyond what independent roundings explain: the client may sum in another order than expected.
-    expected = result.evidence.misfit <= 1
+    # Residuals that independent roundings would show in one sample of 30,000 (chi-square, Wilson and Hilferty's
+    # cube): the client may sum in another order than expected. However many the classes, the few with the largest
+    # softmax entries carry most of the errors.
+    freedom = np.clip(result.evidence.agreeing - 2, 1, 5)
+    expected = result.evidence.misfit <= (1 - 2 / (9 * freedom) + 4 * np.sqrt(2 / (9 * freedom))) ** 3
     unique = result.verdict == Verdict.UNIQUE
-    return (unique & sharp & expected) | (result.verdict == Verdict.NO_SIGNAL)
+    # Noise is for the likelihood, which uses every row and column.
+    return (unique & sharp & expected & result.evidence.is_noiseless) | (result.verdict == Verdict.NO_SIGNAL)
 
 
 def _stack(parts: list[Recovery], examples: int) -> Recovery:

@@ -214,7 +214,7 @@ def _hard_explanation(equation: ScalarEquation, factors: RankOneFactors, unknown
 
 def _single(found: Consensus) -> Explanations:
     stacked = jax.tree.map(lambda leaf: leaf[None], found)
-    return Explanations(stacked, jnp.asarray(False), jnp.zeros_like(found.label))
+    return Explanations(stacked, jnp.asarray(False), None)
 
 
 def _conclude(
@@ -263,9 +263,11 @@ def _conclude(
     right = factors.right.astype(jnp.float64) / norm
     square = jnp.sum(equation.left**2)
     feature_variance = jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
-    pull = explanations.feature_pull @ weight.astype(jnp.float64)
-    pull = pull - right * jnp.sum(right * pull)
-    feature = best.scalar * right - best.scalar**2 * feature_variance * pull
+    feature = best.scalar * right
+    if explanations.feature_pull is not None:
+        pull = explanations.feature_pull @ weight.astype(jnp.float64)
+        pull = pull - right * jnp.sum(right * pull)
+        feature = feature - best.scalar**2 * feature_variance * pull
 
     prediction = jax.nn.softmax(best.scalar * equation.direction + equation.offset)
     expected = (prediction - label) / best.factor

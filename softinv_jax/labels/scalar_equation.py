@@ -85,8 +85,8 @@ def label_deviation(
     """
     like = prediction.shape
     scale = jnp.abs(scalar)[..., None]
+    # Squares are summed as they are (no hypot): in float64 none of these can under- or overflow.
     rounding = equation.roundoff * (1 + 0.41 * scale * jnp.broadcast_to(equation.weight_norm, like))
-    logit = jnp.hypot(rounding, scale * jnp.broadcast_to(equation.direction_deviation, like))
-    noise = jnp.abs(factor)[..., None] * jnp.broadcast_to(equation.left_deviation, like)
-    stored = equation.roundoff * jnp.abs(label)
-    return jnp.sqrt((logit * prediction) ** 2 + stored**2 + noise**2)
+    logit_square = rounding**2 + (scale * jnp.broadcast_to(equation.direction_deviation, like)) ** 2
+    noise = factor[..., None] * jnp.broadcast_to(equation.left_deviation, like)
+    return jnp.sqrt(logit_square * prediction**2 + (equation.roundoff * label) ** 2 + noise**2)

@@ -132,8 +132,12 @@ def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> Rank
     right = jax.lax.fori_loop(0, 6, iterate, right)
     left = matrix @ right
     residual = matrix - left[:, None] * right[None, :]
-    freedom = max(features - 1, 1) * max(number_of_classes - 1, 1) / number_of_classes
-    row_deviation = jnp.sqrt(jnp.sum(residual**2, axis=1) / freedom)
+    # The right factor follows each row's own noise by that row's share of |u|^2; what it took away comes back as
+    # the noise found in all rows. (The strongest row alone may have nearly no residual left.)
+    row_square = jnp.sum(residual**2, axis=1) / max(features - 1, 1)
+    pooled = jnp.sum(row_square) / max(number_of_classes - 1, 1)
+    square = jnp.sum(left**2)
+    row_deviation = jnp.sqrt(row_square + pooled * left**2 / jnp.where(square == 0, 1.0, square))
     entry_rounding = unit_roundoff(gradient.dtype) / np.sqrt(3 * features) * jnp.abs(left)
     own_rounding = 4 * unit_roundoff(jnp.dtype(jnp.float64)) * jnp.abs(left)
     is_rounding = jnp.all(row_deviation <= 2 * entry_rounding + own_rounding)
