@@ -27,6 +27,7 @@ TARGET_SLOTS = 8
 GRID = 64
 ROUNDS = 8
 STEPS = 3
+RARITY = 10.0  # One label in as many singles out a further class, as far as the prior is concerned.
 STEP_SHARES = (1.0, 0.5, 0.25, 0.0625, 0.0)
 
 
@@ -281,11 +282,11 @@ def fit_likelihood(
     def singling_price(deviation: jax.Array) -> jax.Array:
         """What chi^2 must fall by for one more class: twice minus the logarithm of the Bayesian evidence ratio.
 
-        Its weight is equally likely to be anything in (0, 1), of which the data leaves sqrt(2 pi) deviations, and
-        it may be any of the C classes.
+        Its weight is equally likely to be anything in (0, 1), of which the data leaves sqrt(2 pi) deviations,
+        it may be any of the C classes, and it is there at all in one label of RARITY.
         """
         share = jnp.minimum(jnp.sqrt(2 * jnp.pi) * deviation, 1.0)
-        return -2 * jnp.log(share) + 2 * np.log(number_of_classes)
+        return -2 * jnp.log(share) + 2 * np.log(RARITY * number_of_classes)
 
     def round_of_steps(_: int, carry: tuple) -> tuple:
         state, slots, active, sum_precision = carry
@@ -318,7 +319,7 @@ def fit_likelihood(
     volume = volume - jnp.where(sum_precision > 0, jnp.log(jnp.where(sum_precision > 0, sum_precision, 1.0)), 0.0)
     # lambda and kappa may be of any order of magnitude alike.
     prior = 2 * unknowns.scalar * jnp.log(jnp.abs(scalar)) + 2 * unknowns.scale * jnp.log(jnp.abs(factor))
-    prior = prior + 2 * jnp.sum(active) * np.log(number_of_classes)
+    prior = prior + 2 * jnp.sum(active) * np.log(RARITY * number_of_classes)
     # The share of that volume in which the label has no negative entry.
     uncertain = label_deviation_ > 0
     margin = jnp.where(uncertain, label / jnp.where(uncertain, label_deviation_, 1.0), jnp.inf)
