@@ -78,7 +78,7 @@ def published_seconds(weight: np.ndarray, gradients: np.ndarray, labels: np.ndar
         recovery.stage != "failed" and np.abs(recovery.label - label).max() < 1e-3
         for recovery, label in zip(found, labels, strict=True)
     )
-    return {"seconds_per_sample": seconds, "recovered": solved, "total": len(gradients)}
+    return {"seconds_per_sample": seconds, "recovered": int(solved), "total": len(gradients)}
 
 
 def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[str, Any]:

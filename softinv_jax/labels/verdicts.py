@@ -13,6 +13,7 @@ class Verdict(enum.IntEnum):
     """How sure a recovery is.
 
     Attributes:
+      NOT_FOUND: one of a batch that the search did not find; nothing is said of it.
       NO_SIGNAL: the gradient is zero, or noise: nothing can be said.
       UNIDENTIFIABLE: more labels than can be listed explain the gradient; see `Recovery.interval`.
       AMBIGUOUS: a few labels explain it, or one whose structure could be an accident; see `Recovery.candidates`.
@@ -23,6 +24,7 @@ class Verdict(enum.IntEnum):
     UNIDENTIFIABLE = 1
     AMBIGUOUS = 2
     UNIQUE = 3
+    NOT_FOUND = 4
 
 
 def verdict_names(codes: object) -> np.ndarray:

@@ -1,0 +1,281 @@
+"""One example of a batch: the equation that its feature satisfies by itself, and its solution.
+
+With g = p - y in the column space of U, and P the projector off it,
+
+    P (softmax(W V a) - y) = 0,        y = c 1 + sum_t w_t e_t
+
+over the few classes t that the label singles out. c and the weights w_t enter linearly and are eliminated (variable
+projection, Golub and Pereyra 1973); a in R^B remains. a = 0 and |a| -> infinity solve it too (p uniform, p one-hot);
+what they violate is that the outer products of a matrix of rank B are dual to each other,
+
+    x^T G^+ g = a^T S^-1 U^T g = B            (Wedderburn 1934)
+
+which is one more equation.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.batches.subspace import BatchSubspace
+
+__all__ = ["ITERATIONS", "TARGETS", "Component", "solve_components", "strongest_residual"]
+
+TARGETS = 2  # Classes a label singles out, at most.
+ITERATIONS = 40
+DUALITY_WEIGHT = 0.3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Component:
+    """One example, or with a leading axis several. All float64 but for the classes.
+
+    Attributes:
+      coordinates: (B,) a. dual: (B,) beta = U^T g, so that g = U beta.
+      label: (C,) p - U beta, unstructured. level: () c.
+      targets: (TARGETS,) int32 classes singled out, -1 for none.
+      deviation: (C,) standard deviation of p - U beta at the true a and beta, from the noise on G.
+      label_deviation: (C,) of the label, with the errors of a and beta that the noise causes.
+      misfit: () root mean square of (label - c) / deviation over the classes not singled out, with the degrees of
+        freedom that the unknowns leave.
+      duality: () x^T G^+ g / B - 1. duality_deviation: () what noise makes of it.
+      constant_error: () what the constant feature of a head with a bias misses 1 by.
+    """
+
+    coordinates: jax.Array
+    dual: jax.Array
+    label: jax.Array
+    level: jax.Array
+    targets: jax.Array
+    deviation: jax.Array
+    label_deviation: jax.Array
+    misfit: jax.Array
+    duality: jax.Array
+    duality_deviation: jax.Array
+    constant_error: jax.Array
+
+
+class _Eliminator(NamedTuple):
+    """Orthonormal columns of the weighted (U, 1), classes singled out left aside, and what undoes their mixing."""
+
+    weights: jax.Array
+    columns: jax.Array
+    inverse: jax.Array
+
+    def residual(self, values: jax.Array) -> jax.Array:
+        """(C, n) -> (C, n) weighted, less the best U beta + c 1."""
+        weighted = self.weights[:, None] * values
+        return weighted - self.columns @ (self.columns.T @ weighted)
+
+    def solution(self, values: jax.Array) -> jax.Array:
+        """(C, n) -> (B + 1, n) that best beta, and c in the last row."""
+        return self.inverse @ (self.columns.T @ (self.weights[:, None] * values))
+
+
+def _eliminator(subspace: BatchSubspace, targets: jax.Array, weights: jax.Array) -> _Eliminator:
+    number_of_classes, rank = subspace.left.shape
+    singled = jnp.any(jnp.arange(number_of_classes)[:, None] == targets[None, :], axis=1)
+    weights = jnp.where(singled, 0.0, weights)
+    design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
+    columns, mixing = jnp.linalg.qr(weights[:, None] * design)
+    inverse = jax.scipy.linalg.solve_triangular(mixing, jnp.eye(rank + 1))
+    return _Eliminator(weights, columns, inverse)
+
+
+class _Equations(NamedTuple):
+    """Residuals (C + 2,) at some a and their Jacobian (C + 2, B); softmax (C,) and its Jacobian (C, B)."""
+
+    residual: jax.Array
+    jacobian: jax.Array
+    prediction: jax.Array
+    slope: jax.Array
+
+
+def _equations(
+    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, batch_size: float
+) -> _Equations:
+    directions, values = subspace.directions, subspace.singular_values
+    rank = values.size
+    prediction = jax.nn.softmax(directions @ coordinates)
+    slope = prediction[:, None] * (directions - prediction @ directions)
+    stacked = jnp.concatenate([prediction[:, None], slope], axis=1)
+    residual = eliminator.residual(stacked)
+    dual = eliminator.solution(stacked)[:rank]
+    scaled = coordinates / values / batch_size
+    duality = scaled @ dual[:, 0] - 1
+    duality_slope = dual[:, 0] / values / batch_size + scaled @ dual[:, 1:]
+    constant = subspace.constant @ coordinates - jnp.any(subspace.constant != 0)
+    extra = jnp.stack([DUALITY_WEIGHT * duality, constant])
+    extra_slope = jnp.stack([DUALITY_WEIGHT * duality_slope, subspace.constant])
+    return _Equations(
+        residual=jnp.concatenate([residual[:, 0], extra]),
+        jacobian=jnp.concatenate([residual[:, 1:], extra_slope]),
+        prediction=prediction,
+        slope=slope,
+    )
+
+
+def _solve_one(
+    subspace: BatchSubspace,
+    start: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    batch_size: float,
+    iterations: int,
+) -> jax.Array:
+    """Levenberg-Marquardt with a fixed number of steps: every start of a batch takes as long as every other."""
+    eliminator = _eliminator(subspace, targets, weights)
+    # Residuals count relative to how far the start's own softmax is from uniform, fixed once: relative to the current
+    # one, running off to a uniform softmax would pay.
+    prediction = _equations(subspace, eliminator, start, batch_size).prediction
+    spread = jnp.sqrt(jnp.sum((weights * (prediction - jnp.mean(prediction))) ** 2))
+    number_of_classes = subspace.left.shape[0]
+    units = jnp.concatenate([jnp.full((number_of_classes,), 1 / jnp.maximum(spread, 1e-300)), jnp.ones((2,))])
+
+    def scaled(coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        equations = _equations(subspace, eliminator, coordinates, batch_size)
+        return equations.residual * units, equations.jacobian * units[:, None]
+
+    def step(_: int, state: tuple) -> tuple:
+        coordinates, damping, residual, slope, loss = state
+        normal = slope.T @ slope
+        diagonal = jnp.diag(normal)
+        damped = normal + jnp.diag(damping * diagonal + 1e-30 * jnp.max(diagonal))
+        move = -jax.scipy.linalg.solve(damped, slope.T @ residual, assume_a="pos")
+        trial = coordinates + move
+        new_residual, new_slope = scaled(trial)
+        new_loss = jnp.sum(new_residual**2)
+        better = new_loss < loss
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(better, new, old)
+
+        return (
+            keep(trial, coordinates),
+            jnp.clip(jnp.where(better, damping / 5, damping * 5), 1e-12, 1e12),
+            keep(new_residual, residual),
+            keep(new_slope, slope),
+            keep(new_loss, loss),
+        )
+
+    residual, slope = scaled(start)
+    state = (start, jnp.asarray(1e-2), residual, slope, jnp.sum(residual**2))
+    return jax.lax.fori_loop(0, iterations, step, state)[0]
+
+
+@partial(jax.jit, static_argnames=("iterations",))
+def solve_components(
+    subspace: BatchSubspace,
+    starts: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    batch_size: float,
+    iterations: int = ITERATIONS,
+) -> Component:
+    """Solve from every start.
+
+    Args:
+      subspace: of the batch.
+      starts: (n, B) coordinates. targets: (n, TARGETS) classes assumed to be singled out, -1 for none.
+      weights: (n, C) of the residuals: equal far from a solution, one over the deviations near it.
+      batch_size: B, or what else the outer products were divided by.
+      iterations: static.
+
+    Returns:
+      A `Component` with a leading axis n.
+    """
+
+    def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
+        start, chosen, own = inputs
+        found = _solve_one(subspace, start, chosen, own, batch_size, iterations)
+        return _describe(subspace, found, chosen, own, batch_size)
+
+    return jax.lax.map(one, (starts, targets, weights), batch_size=8)
+
+
+def _describe(
+    subspace: BatchSubspace, coordinates: jax.Array, targets: jax.Array, weights: jax.Array, batch_size: float
+) -> Component:
+    """The label at given coordinates, with how exactly the gradient's noise lets it be known."""
+    values = subspace.singular_values
+    number_of_classes, rank = subspace.left.shape
+    used = targets >= 0
+    singled = jnp.any(jnp.arange(number_of_classes)[:, None] == targets[None, :], axis=1)
+    first = _eliminator(subspace, targets, weights)
+    prediction = jax.nn.softmax(subspace.directions @ coordinates)
+    dual = first.solution(prediction[:, None])[:rank, 0]
+    deviation = label_deviation(subspace, coordinates, dual, prediction, prediction - subspace.left @ dual)
+    # Everything from here on in units of those deviations.
+    eliminator = _eliminator(subspace, targets, 1 / deviation)
+    equations = _equations(subspace, eliminator, coordinates, batch_size)
+    solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
+    dual, level = solution[:rank, 0], solution[rank, 0]
+    label = prediction - subspace.left @ dual
+    residual = equations.residual[:number_of_classes]
+    freedom = number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1
+    misfit = jnp.sqrt(jnp.sum(residual**2) / jnp.maximum(freedom, 1))
+    duality = jnp.sum(coordinates / values * dual) / batch_size - 1
+    noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
+    duality_deviation = subspace.noise * noise
+    # Errors of beta and c at given a, then those of a, which duality pins in one direction.
+    design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
+    leverage = jnp.sum((design @ eliminator.inverse) ** 2, axis=1)
+    extra = equations.jacobian[number_of_classes:]
+    scales = jnp.stack([DUALITY_WEIGHT * jnp.maximum(duality_deviation, 1e-15), jnp.asarray(1e-7)])
+    slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
+    norms = jnp.sqrt(jnp.maximum(jnp.sum(slopes**2, axis=0), 1e-300))
+    mixing = jnp.linalg.qr(slopes / norms, mode="r")
+    label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
+    moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms).T, trans=1)
+    spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
+    return Component(
+        coordinates=coordinates,
+        dual=dual,
+        label=label,
+        level=level,
+        targets=targets,
+        deviation=deviation,
+        label_deviation=jnp.where(singled, spread, jnp.minimum(spread, deviation)),
+        misfit=misfit,
+        duality=duality,
+        duality_deviation=duality_deviation,
+        constant_error=subspace.constant @ coordinates - jnp.any(subspace.constant != 0),
+    )
+
+
+def label_deviation(
+    subspace: BatchSubspace, coordinates: jax.Array, dual: jax.Array, prediction: jax.Array, label: jax.Array
+) -> jax.Array:
+    """(C,) standard deviation of p - U beta at given a and beta.
+
+    U beta = G V S^-1 beta carries the noise of a row of G times |S^-1 beta|; x = V a misses what noise took out of
+    the row space, G^T U S^-1 a, which moves the logits by |W_j| times |S^-1 a| times the noise; and the client rounds
+    its logits and p - y, as in one example.
+    """
+    values = subspace.singular_values
+    row = subspace.noise * jnp.sqrt(jnp.sum((dual / values) ** 2))
+    feature = subspace.noise * jnp.sqrt(jnp.sum((coordinates / values) ** 2))
+    own = subspace.roundoff * (1 + 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2)))
+    logit = (subspace.weight_norm * feature) ** 2 + own**2
+    return jnp.sqrt(row**2 + logit * prediction**2 + (subspace.roundoff * label) ** 2)
+
+
+@jax.jit
+def strongest_residual(subspace: BatchSubspace, components: Component) -> jax.Array:
+    """(n, 2) int32 the classes, not yet singled out, that would explain most of each component's residual."""
+
+    def one(component: Component) -> jax.Array:
+        standardised = jnp.abs(component.label - component.level) / component.deviation
+        classes = jnp.arange(subspace.left.shape[0])
+        taken = jnp.any(classes[:, None] == component.targets[None, :], axis=1)
+        # Leaving one class aside removes all of its own residual, and none of what it dragged along: the larger its
+        # leverage, the more of the whole it stands for.
+        eliminator = _eliminator(subspace, component.targets, 1 / component.deviation)
+        share = jnp.maximum(1 - jnp.sum(eliminator.columns**2, axis=1), 1e-9)
+        return jax.lax.top_k(jnp.where(taken, -jnp.inf, standardised / jnp.sqrt(share)), 2)[1].astype(jnp.int32)
+
+    return jax.vmap(one)(components)
