@@ -1,10 +1,12 @@
 """softinv: what a client's gradient gives away in federated learning.
 
 The observer's side, `recover` and `recover_many`, turns the gradient of a model's last dense layer into the client's
-soft label and last-layer feature, with a verdict and its evidence. The client's side, for experiments, is in
+soft label and last-layer feature, with a verdict and its evidence; `recover_batch` does so for every example behind
+one averaged gradient. The client's side, for experiments, is in
 `softinv_jax.client`.
 """
 
+from softinv_jax.batches.batch_recovery import BatchRecovery, recover_batch
 from softinv_jax.labels.many import recover_many
 from softinv_jax.labels.recovery import recover
 from softinv_jax.labels.verdicts import (
@@ -19,6 +21,7 @@ from softinv_jax.labels.verdicts import (
 from softinv_jax.observation.head import Observation, find_head, observe, observe_head
 
 __all__ = [
+    "BatchRecovery",
     "Candidates",
     "Evidence",
     "LabelFormat",
@@ -30,6 +33,7 @@ __all__ = [
     "observe",
     "observe_head",
     "recover",
+    "recover_batch",
     "recover_many",
     "verdict_names",
 ]

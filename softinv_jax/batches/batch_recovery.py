@@ -1,7 +1,7 @@
 """`recover_batch`: every example's soft label and feature from one averaged gradient, each with a verdict."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,11 @@ ROUNDS = ((1.0, False), (2.0, True), (1.0, True), (1.5, False), (4.0, True), (0.
 # Starts are padded to a multiple, so that few programs are compiled.
 PADDING = 64
 LONG = 200  # Steps for those few that are worth it.
+POLISHING = 30  # Steps for what is nearly there already.
+LARGEST_ASSEMBLY = 6  # Examples put together from several solutions each,
+LARGEST_POOL = 60  # out of at most so many solutions,
+NEARLY_DUAL = 1e-3  # which are dual to each other but for their errors;
+ASSEMBLIES_TRIED = 20  # so many sets of them are fitted.
 SCAN = 1000  # Scalars tried for the last example, of either sign,
 LAST_STARTS = 16  # how many of them are refined,
 LAST_STEPS = 20  # by how many steps,
@@ -105,7 +110,8 @@ def recover_batch(
     observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
     if observation.weight_gradient.ndim != 2:
         raise ValueError(
-            f"recover_batch takes one gradient (C, d), but weight_gradient has shape {observation.weight_gradient.shape}"
+            "recover_batch takes one gradient (C, d), but weight_gradient has shape"
+            f" {observation.weight_gradient.shape}; call it for each"
         )
     number_of_classes, features = observation.weight.shape
     if batch_size != "auto":
@@ -159,6 +165,7 @@ def _search(
     rank = subspace.singular_values.size
     found: list[Component] = []
     rejected: list[Component] = []
+    pool: list[Component] = []
     joint = None
     for stretch, separately in ROUNDS:
         remainder = _without(observed, found, np.asarray(subspace.singular_values))
@@ -168,10 +175,12 @@ def _search(
         progress(len(found), total)
         # The most promising of the rest: further steps; and one class more, where that explains what is left (one
         # shared with another example, or one of small weight).
+        pool += [one for one in _split(solved) if _plausible(one)]
         starts, targets, weights = _continued(subspace, solved, found)
-        if len(starts):
+        if len(found) < rank and len(starts):
             solved = _solve(subspace, starts, targets, divisor, weights, LONG)
             found += _accepted(subspace, solved, found, rejected)
+            pool += [one for one in _split(solved) if _plausible(one)]
         found = _polish(subspace, found, divisor)
         progress(len(found), total)
         if len(found) == rank - 1:
@@ -186,7 +195,66 @@ def _search(
             # One of them explains its own equation, but not the gradient with the others: the one that fits worst.
             worst = max(range(rank), key=lambda index: found[index].misfit)
             rejected.append(found.pop(worst))
+            joint = None
+    if len(found) < rank <= LARGEST_ASSEMBLY:
+        assembled = _assemble(subspace, pool, divisor)
+        if assembled is not None:
+            return assembled
     return found, joint
+
+
+def _assemble(
+    subspace: BatchSubspace, pool: list[Component], divisor: float
+) -> tuple[list[Component], JointFit] | None:
+    """Where one example's equation has several solutions: a set of solutions that are dual to each other.
+
+    With few classes the equation of one example may be no more than determined, and wrong solutions explain it as
+    well as right ones; but only the right ones are dual to each other.
+    """
+    values = np.asarray(subspace.singular_values)
+    rank = values.size
+    distinct: list[Component] = []
+    for one in sorted(pool, key=_cost):
+        if len(distinct) < LARGEST_POOL and not any(
+            np.max(np.abs(one.label - other.label)) <= 1e-3 and _same(one, other, values) for other in distinct
+        ):
+            distinct.append(one)
+    if len(distinct) < rank - 1:
+        return None
+    coordinates = np.array([one.coordinates / values for one in distinct])
+    duals = np.array([one.dual for one in distinct])
+    overlap = np.abs(coordinates @ duals.T) / divisor
+    dual = np.maximum(overlap, overlap.T) < NEARLY_DUAL
+    for size in (rank, rank - 1):
+        tried = 0
+        for chosen in _cliques(dual, size):
+            tried += 1
+            if tried > ASSEMBLIES_TRIED:
+                break
+            members = [distinct[index] for index in chosen]
+            if size < rank:
+                completed = _complete(subspace, members, divisor) if members else None
+                if completed is not None:
+                    return completed
+                continue
+            joint = _joint(subspace, members, divisor)
+            if joint is not None and joint.misfit <= TOLERANCE / 2:
+                return members, joint
+    return None
+
+
+def _cliques(joined: np.ndarray, size: int) -> Iterator[list[int]]:
+    """All sets of `size` indices that are joined pairwise, in order."""
+
+    def extend(chosen: list[int], candidates: list[int]) -> Iterator[list[int]]:
+        if len(chosen) == size:
+            yield chosen
+            return
+        for position, index in enumerate(candidates):
+            rest = [other for other in candidates[position + 1 :] if joined[index, other]]
+            yield from extend([*chosen, index], rest)
+
+    yield from extend([], list(range(len(joined))))
 
 
 def _without(observed: np.ndarray, found: list[Component], values: np.ndarray) -> np.ndarray:
@@ -199,13 +267,13 @@ def _without(observed: np.ndarray, found: list[Component], values: np.ndarray) -
 
 
 def _polish(subspace: BatchSubspace, found: list[Component], divisor: float) -> list[Component]:
-    """Further steps, now that the deviations that weigh the equations are known; without a second class if it can go."""
+    """Further steps, with the deviations that weigh the equations known; without a second class if it can go."""
     if not found:
         return found
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
     fewer = np.stack([stacked.targets[:, 0], np.full(len(found), -1, np.int32)], axis=1)
     twice = [np.concatenate([leaf, leaf]) for leaf in (stacked.coordinates, 1 / stacked.deviation)]
-    solved = _solve(subspace, twice[0], np.concatenate([stacked.targets, fewer]), divisor, twice[1], LONG)
+    solved = _solve(subspace, twice[0], np.concatenate([stacked.targets, fewer]), divisor, twice[1], POLISHING)
     every = _split(solved)
     polished = []
     for old, new, bare in zip(found, every[: len(found)], every[len(found) :], strict=True):
@@ -250,7 +318,8 @@ def _complete(
     residual = np.abs(label - level) / (np.abs(slope) * np.log(magnitudes[-1] / magnitudes[0]) / SCAN + 1e-9)
     order = np.argsort(-residual, axis=1)
     loss = np.sum(np.minimum(np.take_along_axis(residual, order[:, TARGETS:], axis=1), 1e6) ** 2, axis=1)
-    starts, targets = [], []
+    starts: list[np.ndarray] = []
+    targets: list[list[int]] = []
     for index in np.argsort(loss)[:LAST_STARTS]:
         for count in range(1, TARGETS + 1):
             starts.append(scalars[index] * direction)
@@ -278,7 +347,7 @@ def _solve(
 ) -> Component:
     """All starts, padded; NumPy."""
     count = len(starts)
-    missing = -count % PADDING
+    missing = -count % (PADDING if count < 4 * PADDING else 4 * PADDING)
     starts = np.concatenate([starts, np.repeat(starts[-1:], missing, axis=0)])
     targets = np.concatenate([targets, np.repeat(targets[-1:], missing, axis=0)])
     if weights is None:
@@ -302,9 +371,11 @@ def _continued(
     values = np.asarray(subspace.singular_values)
     extra = np.asarray(strongest_residual(subspace, jax.tree.map(jnp.asarray, solved)))
     order = np.argsort(np.where(np.isfinite(solved.misfit), solved.misfit, np.inf))
-    starts, targets, weights = [], [], []
+    starts: list[np.ndarray] = []
+    targets: list[tuple[int, int]] = []
+    weights: list[np.ndarray] = []
     for index in order:
-        if len(starts) >= 6 * values.size:
+        if len(starts) >= 6 * (values.size - len(found)):
             break
         own = abs((solved.coordinates[index] / values) @ solved.dual[index])
         known = any(abs((solved.coordinates[index] / values) @ one.dual) > 0.5 * own for one in found)
@@ -446,6 +517,12 @@ def _finish(
     if joint is not None:
         joint_surprise = _joint_surprise(subspace, found, joint)
     for row in range(len(found)):
+        certain = surprise[row] >= UNIQUE_SURPRISE
+        if joint is None and not certain:
+            # It explains its own equation, as an accident might: not enough to report it.
+            label[row], feature[row], label_deviation[row] = np.nan, np.nan, np.nan
+            targets[row] = -1
+            continue
         sharp = TOLERANCE * np.max(label_deviation[row]) <= SHARP_LABEL
         sure = (
             consistent and sharp and max(surprise[row], np.nan_to_num(joint_surprise, nan=-np.inf)) >= UNIQUE_SURPRISE

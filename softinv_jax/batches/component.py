@@ -27,6 +27,7 @@ __all__ = ["ITERATIONS", "TARGETS", "Component", "solve_components", "strongest_
 TARGETS = 2  # Classes a label singles out, at most.
 ITERATIONS = 40
 DUALITY_WEIGHT = 0.3
+ROUNDED_OPERATIONS = 3
 
 
 @jax.tree_util.register_dataclass
@@ -220,7 +221,8 @@ def _describe(
     misfit = jnp.sqrt(jnp.sum(residual**2) / jnp.maximum(freedom, 1))
     duality = jnp.sum(coordinates / values * dual) / batch_size - 1
     noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
-    duality_deviation = subspace.noise * noise
+    scaled = coordinates / values / batch_size
+    duality_deviation = jnp.hypot(subspace.noise * noise, jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[:rank]) ** 2)))
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
     leverage = jnp.sum((design @ eliminator.inverse) ** 2, axis=1)
@@ -259,7 +261,10 @@ def label_deviation(
     values = subspace.singular_values
     row = subspace.noise * jnp.sqrt(jnp.sum((dual / values) ** 2))
     feature = subspace.noise * jnp.sqrt(jnp.sum((coordinates / values) ** 2))
-    own = subspace.roundoff * (1 + 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2)))
+    # The client rounds the logits it sums and stores, and p and p - y in a few operations each.
+    logits = jnp.abs(subspace.directions @ coordinates)
+    summed = 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2))
+    own = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)
     logit = (subspace.weight_norm * feature) ** 2 + own**2
     return jnp.sqrt(row**2 + logit * prediction**2 + (subspace.roundoff * label) ** 2)
 

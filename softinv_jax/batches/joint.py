@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.batches.component import TARGETS
+from softinv_jax.batches.component import ROUNDED_OPERATIONS, TARGETS
 from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["JointFit", "fit_jointly"]
@@ -46,13 +46,13 @@ def fit_jointly(
     batch_size: float,
     steps: int = STEPS,
 ) -> JointFit:
-    """Levenberg-Marquardt on all unknowns at once.
+    """Levenberg-Marquardt on all unknowns at once, until it gains nothing more.
 
     Args:
       subspace: of the batch.
       coordinates: (n, r) start, one row an example. weights: (n, TARGETS) start. targets: (n, TARGETS), -1 for none.
       batch_size: B.
-      steps: static.
+      steps: static, at most.
     """
     count, rank = coordinates.shape
     number_of_classes = subspace.left.shape[0]
@@ -72,7 +72,9 @@ def fit_jointly(
         """(C,) of the entries of a row of G V: its noise, and that of the logits (see `label_deviation`)."""
         size = jnp.sqrt(jnp.sum(coordinates**2, axis=1))
         beyond = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2, axis=1))
-        rounding = subspace.roundoff * (1 + 0.41 * subspace.weight_norm[None, :] * size[:, None])
+        logits = jnp.abs(coordinates @ subspace.directions.T)
+        summed = 0.41 * subspace.weight_norm[None, :] * size[:, None]
+        rounding = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)
         logit = jnp.hypot(rounding, subspace.weight_norm[None, :] * beyond[:, None])
         carried = jnp.sum((logit * prediction * size[:, None]) ** 2, axis=0) / (batch_size**2 * rank)
         return jnp.sqrt(subspace.noise**2 + carried)
@@ -95,8 +97,8 @@ def fit_jointly(
         slope = jax.jacfwd(lambda values: residual(*unflatten(values)))(flat)
         return slope.T @ slope, slope.T @ errors, jnp.sum(errors**2)
 
-    def step(_: int, state: tuple) -> tuple:
-        flat, damping, normal, gradient, loss = state
+    def step(state: tuple) -> tuple:
+        count, _, flat, damping, normal, gradient, loss = state
         scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
         damped = normal / scale[:, None] / scale[None, :] + damping * jnp.eye(size)
         move = -jnp.linalg.solve(damped, gradient / scale) / scale
@@ -108,11 +110,15 @@ def fit_jointly(
             return jnp.where(better, fresh, old)
 
         damping = jnp.clip(jnp.where(better, damping / 10, damping * 10), 1e-14, 1e8)
-        return keep(trial, flat), damping, keep(new[0], normal), keep(new[1], gradient), keep(new[2], loss)
+        # A gain of less than a thousandth of the loss is none.
+        done = (better & (new[2] > 0.999 * loss)) | (damping >= 1e4)
+        kept = keep(trial, flat), damping, keep(new[0], normal), keep(new[1], gradient), keep(new[2], loss)
+        return (count + 1, done, *kept)
 
     flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel()])
-    state = (flat, jnp.asarray(1e-8), *normal_equations(flat))
-    flat, _, normal, _, loss = jax.lax.fori_loop(0, steps, step, state)
+    state = (jnp.int32(0), jnp.asarray(False), flat, jnp.asarray(1e-8), *normal_equations(flat))
+    state = jax.lax.while_loop(lambda state: (state[0] < steps) & ~state[1], step, state)
+    _, _, flat, _, normal, _, loss = state
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]
     scaled = scaled + jnp.diag(jnp.where(jnp.diag(normal) > 0, 0.0, 1.0))  # An unused weight stays by itself.

@@ -45,7 +45,7 @@ def propose(remainder: np.ndarray, remaining: int, batch_size: float, stretch: f
     pairs = list(itertools.combinations(range(count), 2))
     alike = np.array([direction[i] @ direction[j] for i, j in pairs])
     order = np.argsort(-alike)[: len(pairs) if len(pairs) <= ALL_PAIRS else 4 * remaining]
-    chosen = [(likely[i],) for i in range(count)]
+    chosen: list[tuple[int, ...]] = [(likely[i],) for i in range(count)]
     chosen += [(likely[pairs[k][0]], likely[pairs[k][1]]) for k in order]
     # Two examples of one class: its row is the sum of both, and they differ along the other singular vectors.
     splits = []

@@ -71,11 +71,6 @@ def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int], dtype: n
     return count
 
 
-@jax.jit
-def _decompose(weight: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return jnp.linalg.svd(gradient, full_matrices=False)
-
-
 def batch_subspace(
     weight: jax.Array, gradient: jax.Array, rank: int | None, dtype: np.dtype, *, has_bias: bool
 ) -> tuple[BatchSubspace, np.ndarray]:
@@ -90,12 +85,12 @@ def batch_subspace(
     Returns:
       The subspace, and all singular values.
     """
-    left, singular_values, right = _decompose(weight, gradient)
+    left, singular_values, right = jnp.linalg.svd(gradient, full_matrices=False)
     values = np.asarray(singular_values)
-    if rank is None:
-        rank = numerical_rank(values, gradient.shape, dtype)
-    rank = max(rank, 1)
     rows, columns = gradient.shape
+    if rank is None:
+        rank = numerical_rank(values, (rows, columns), dtype)
+    rank = max(rank, 1)
     tail = values[rank:]
     sigma = np.sqrt(np.sum(tail**2) / max((rows - rank) * (columns - rank), 1))
     # Entries are rounded in proportion to their size; where no tail is left to measure it, this is what is known.

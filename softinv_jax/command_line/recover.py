@@ -4,8 +4,13 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from softinv_jax.command_line.console import InputError, progress_report, result_console
+
+if TYPE_CHECKING:
+    from softinv_jax.observation.head import Observation
 
 __all__ = ["add_parser", "run"]
 
@@ -20,9 +25,12 @@ OBSERVATION.npz, as np.savez writes it, holds (C classes, d features, N gradient
 
 RECOVERY.npz holds, with NaN where nothing is recovered,
   labels (N, 1, C), features (N, 1, d), scale (N,)
-  verdict (N, 1)         unique, ambiguous, unidentifiable or no_signal
+  verdict (N, 1)         unique, ambiguous, unidentifiable, no_signal, or (of a batch) not_found
   residual (N, 1)        relative distance between the gradient and what the recovery predicts
-  label_deviation (N, 1, C), kind, singled_out, weights, smoothing, scalar, interval, candidate_labels, ..."""
+  label_deviation (N, 1, C), kind, singled_out, weights, smoothing, scalar, interval, candidate_labels, ...
+
+With --batch-size B each gradient is the mean over B examples, and the axis of length 1 has length B: labels (N, B, C),
+features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), rank and joint_misfit (N,)."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -48,6 +56,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="exact: any label format, without being told which (default). variance: the loss of Wang, Liang and He"
         " (2024), which must be told the format. idlg: hard labels by sign (Zhao, Mopuri and Bilen, 2020)",
     )
+    parser.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default=1,
+        metavar="B",
+        help="each gradient is the mean over B examples (B < C); auto: as many as its numerical rank (default: 1)",
+    )
     parser.add_argument("--label-format", choices=("smoothing", "mixup"), help="the format for --method variance")
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
     parser.set_defaults(run=run)
@@ -70,6 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
     if os.path.realpath(arguments.out) == os.path.realpath(arguments.observation):
         raise InputError(f"{arguments.out}: --out would overwrite the observation; choose another name")
 
+    if arguments.batch_size != 1:
+        _recover_batches(arguments, observation)
+        return
     start = time.perf_counter()
     examples = observation.weight_gradient.shape[0]
     with progress_report() as report:
@@ -108,11 +126,66 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
 
 
+def _batch_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive integer nor auto")
+    return value
+
+
+def _recover_batches(arguments: argparse.Namespace, observation: "Observation") -> None:
+    from softinv_jax.batches.batch_recovery import recover_batch  # noqa: PLC0415
+    from softinv_jax.command_line import recovery_file  # noqa: PLC0415
+    from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
+
+    start = time.perf_counter()
+    gradients = observation.weight_gradient.shape[0]
+    recoveries = []
+    with progress_report() as report:
+        for index in range(gradients):
+            report(index, gradients, "recovering batches")
+            one = replace(
+                observation,
+                weight_gradient=observation.weight_gradient[index],
+                bias_gradient=None if observation.bias_gradient is None else observation.bias_gradient[index],
+            )
+            try:
+                recoveries.append(recover_batch(one, arguments.batch_size))
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        report(gradients, gradients, "recovering batches")
+    seconds = time.perf_counter() - start
+    recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
+    summary = batch_summary(recoveries)
+    if arguments.json:
+        context = {
+            "observation": arguments.observation,
+            "out": arguments.out,
+            "gradients": gradients,
+            "classes": observation.weight.shape[0],
+            "features": observation.weight.shape[1],
+            "batch_size": arguments.batch_size,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(context | summary, allow_nan=False, indent=1))
+        return
+    console = result_console()
+    console.print(batch_table(summary))
+    console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
+
+
 def _check_method(arguments: argparse.Namespace) -> None:
     """Before jax is loaded: what needs no look at the files."""
     if arguments.method == "variance" and arguments.label_format is None:
         raise InputError("--method variance must be told --label-format smoothing or mixup; or use --method exact")
     if arguments.method == "variance" and arguments.unknown_scale:
         raise InputError("--method variance needs a known scale; use --method exact with --unknown-scale")
+    if arguments.batch_size != 1 and (arguments.method != "exact" or arguments.unknown_scale):
+        raise InputError("--batch-size needs --method exact and a known scale (the mean over the batch)")
     if arguments.method != "variance" and arguments.label_format is not None:
         raise InputError(f"--label-format is for --method variance only; {arguments.method} needs none")

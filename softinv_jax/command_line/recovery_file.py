@@ -8,10 +8,11 @@ from typing import IO
 
 import numpy as np
 
+from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.command_line.console import InputError
 from softinv_jax.labels.verdicts import LabelKind, Recovery, verdict_names
 
-__all__ = ["check_writable", "kind_names", "recovery_arrays", "write_atomically", "write_npz"]
+__all__ = ["batch_arrays", "check_writable", "kind_names", "recovery_arrays", "write_atomically", "write_npz"]
 
 
 def kind_names(codes: object) -> np.ndarray:
@@ -54,6 +55,41 @@ def recovery_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
     }
     arrays = {name: np.asarray(array)[:, None] for name, array in per_example.items()}
     return arrays | {name: np.asarray(array) for name, array in per_gradient.items()}
+
+
+def batch_arrays(recoveries: list[BatchRecovery]) -> dict[str, np.ndarray]:
+    """The arrays of RECOVERY.npz for the gradients of batches.
+
+    Args:
+      recoveries: of N gradients. Where they differ in the number of examples, B is the largest, and what is beyond
+        a gradient's own is NaN with an empty verdict.
+
+    Returns:
+      labels (N, B, C), features (N, B, d), verdict, residual (of the whole gradient), misfit and surprise (N, B),
+      label_deviation (N, B, C), singled_out (N, B, 2), scale, rank and joint_misfit (N,).
+    """
+    examples = max(len(one.verdict) for one in recoveries)
+
+    def padded(values: np.ndarray, fill: object) -> np.ndarray:
+        missing = [(0, examples - len(values))] + [(0, 0)] * (values.ndim - 1)
+        return np.pad(values, missing, constant_values=fill)  # type: ignore[call-overload]
+
+    def stacked(name: str, fill: object = np.nan) -> np.ndarray:
+        return np.stack([padded(np.asarray(getattr(one, name)), fill) for one in recoveries])
+
+    return {
+        "labels": stacked("label"),
+        "features": stacked("feature"),
+        "verdict": np.stack([padded(verdict_names(one.verdict), "") for one in recoveries]),
+        "residual": np.stack([padded(np.full(len(one.verdict), one.residual), np.nan) for one in recoveries]),
+        "misfit": stacked("misfit"),
+        "surprise": stacked("surprise"),
+        "label_deviation": stacked("label_deviation"),
+        "singled_out": stacked("targets", -1),
+        "scale": np.ones(len(recoveries)),
+        "rank": np.array([one.rank for one in recoveries]),
+        "joint_misfit": np.array([one.joint_misfit for one in recoveries]),
+    }
 
 
 def check_writable(path: str) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.labels.verdicts import LabelKind, Recovery, Verdict
 
-__all__ = ["describe_format", "package_versions", "recovery_summary", "recovery_table"]
+__all__ = ["batch_summary", "batch_table", "describe_format", "package_versions", "recovery_summary", "recovery_table"]
 
 LISTED = 12
 
@@ -111,4 +112,51 @@ def recovery_table(summary: dict[str, Any]) -> Table:
     left = len(summary["samples"]) - LISTED
     if left > 0:
         table.caption, table.caption_justify = f"and {left} more", "left"
+    return table
+
+
+def batch_summary(recoveries: list[BatchRecovery]) -> dict[str, Any]:
+    """Counts and one entry for each gradient of a batch, in types JSON has."""
+    verdicts = np.concatenate([one.verdict for one in recoveries])
+    return {
+        "verdicts": {verdict.name.lower(): int(np.sum(verdicts == verdict)) for verdict in Verdict},
+        "versions": package_versions(),
+        "batches": [
+            {
+                "index": index,
+                "rank": one.rank,
+                "residual": _numbers(one.residual),
+                "joint_misfit": _numbers(one.joint_misfit),
+                "examples": [
+                    {
+                        "verdict": Verdict(code).name.lower(),
+                        "classes": [int(c) for c in targets if c >= 0],
+                        "weights": [float(label[c]) for c in targets if c >= 0],
+                        "label_deviation": _numbers(np.max(deviation)),
+                    }
+                    for code, targets, label, deviation in zip(
+                        one.verdict.tolist(), one.targets, one.label, one.label_deviation, strict=True
+                    )
+                ],
+            }
+            for index, one in enumerate(recoveries)
+        ],
+    }
+
+
+def batch_table(summary: dict[str, Any]) -> Table:
+    """The summary of batches for people: each example's verdict and the classes it singles out."""
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["verdicts"].items() if count)
+    title = f"{len(summary['batches'])} gradients of batches: {counts}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in ("gradient", "example", "verdict", "label entries singled out"):
+        table.add_column(name, justify="left" if name in ("verdict", "label entries singled out") else "right")
+    rows = [
+        (batch["index"], number, one) for batch in summary["batches"] for number, one in enumerate(batch["examples"])
+    ]
+    for index, number, one in rows[:LISTED]:
+        entries = ", ".join(f"class {c}: {w:.4f}" for c, w in zip(one["classes"], one["weights"], strict=True))
+        table.add_row(str(index), str(number), one["verdict"].replace("_", " "), entries or "-")
+    if len(rows) > LISTED:
+        table.caption, table.caption_justify = f"and {len(rows) - LISTED} more", "left"
     return table
