@@ -161,7 +161,7 @@ def _search(
     subspace: BatchSubspace, divisor: float, progress: Callable[[int, int], None], total: int
 ) -> tuple[list[Component], JointFit | None]:
     """Rounds of proposals and solutions until all examples are found and explain the gradient together."""
-    observed = np.asarray(subspace.left * subspace.singular_values)
+    observed = np.asarray(subspace.left) * np.asarray(subspace.singular_values)
     rank = subspace.singular_values.size
     found: list[Component] = []
     rejected: list[Component] = []
@@ -384,9 +384,9 @@ def _continued(
         first, second = solved.targets[index]
         choices = [(first, second)] + [(first, other) for other in extra[index]]
         for choice in choices:
-            starts.append(solved.coordinates[index])
+            starts.append(np.asarray(solved.coordinates[index]))
             targets.append(choice)
-            weights.append(1 / solved.deviation[index])
+            weights.append(1 / np.asarray(solved.deviation[index]))
     return np.array(starts), np.array(targets, np.int32), np.array(weights)
 
 
@@ -517,17 +517,13 @@ def _finish(
     if joint is not None:
         joint_surprise = _joint_surprise(subspace, found, joint)
     for row in range(len(found)):
-        certain = surprise[row] >= UNIQUE_SURPRISE
-        if joint is None and not certain:
+        if max(surprise[row], np.nan_to_num(joint_surprise, nan=-np.inf)) < UNIQUE_SURPRISE:
             # It explains its own equation, as an accident might: not enough to report it.
             label[row], feature[row], label_deviation[row] = np.nan, np.nan, np.nan
             targets[row] = -1
             continue
         sharp = TOLERANCE * np.max(label_deviation[row]) <= SHARP_LABEL
-        sure = (
-            consistent and sharp and max(surprise[row], np.nan_to_num(joint_surprise, nan=-np.inf)) >= UNIQUE_SURPRISE
-        )
-        verdict[row] = Verdict.UNIQUE if sure else Verdict.AMBIGUOUS
+        verdict[row] = Verdict.UNIQUE if consistent and sharp else Verdict.AMBIGUOUS
     size = np.linalg.norm(gradient)
     residual = np.linalg.norm(np.asarray(gradient) - predicted) / (size if size else 1.0)
     kind = np.promote_types(dtype, np.float32)

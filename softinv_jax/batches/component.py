@@ -102,7 +102,7 @@ def _equations(
     directions, values = subspace.directions, subspace.singular_values
     rank = values.size
     prediction = jax.nn.softmax(directions @ coordinates)
-    slope = prediction[:, None] * (directions - prediction @ directions)
+    slope = prediction[:, None] * (directions - (prediction @ directions)[None, :])
     stacked = jnp.concatenate([prediction[:, None], slope], axis=1)
     residual = eliminator.residual(stacked)
     dual = eliminator.solution(stacked)[:rank]
@@ -230,9 +230,9 @@ def _describe(
     scales = jnp.stack([DUALITY_WEIGHT * jnp.maximum(duality_deviation, 1e-15), jnp.asarray(1e-7)])
     slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
     norms = jnp.sqrt(jnp.maximum(jnp.sum(slopes**2, axis=0), 1e-300))
-    mixing = jnp.linalg.qr(slopes / norms, mode="r")
+    mixing = jnp.linalg.qr(slopes / norms[None, :], mode="r")
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
-    moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms).T, trans=1)
+    moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms[None, :]).T, trans=1)
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
     return Component(
         coordinates=coordinates,

@@ -56,7 +56,7 @@ def fit_jointly(
     """
     count, rank = coordinates.shape
     number_of_classes = subspace.left.shape[0]
-    observed = subspace.left * subspace.singular_values
+    observed = subspace.left * subspace.singular_values[None, :]
     used = targets >= 0
     singled = jax.nn.one_hot(targets, number_of_classes, dtype=jnp.float64) - used[..., None] / number_of_classes
     has_constant = jnp.any(subspace.constant != 0)
@@ -71,7 +71,7 @@ def fit_jointly(
     def row_deviation(coordinates: jax.Array, prediction: jax.Array) -> jax.Array:
         """(C,) of the entries of a row of G V: its noise, and that of the logits (see `label_deviation`)."""
         size = jnp.sqrt(jnp.sum(coordinates**2, axis=1))
-        beyond = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2, axis=1))
+        beyond = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values[None, :]) ** 2, axis=1))
         logits = jnp.abs(coordinates @ subspace.directions.T)
         summed = 0.41 * subspace.weight_norm[None, :] * size[:, None]
         rounding = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)

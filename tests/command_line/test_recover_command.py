@@ -284,3 +284,44 @@ def test_help_and_version(capsys) -> None:
         assert expected in text
     code, text, errors = run(capsys)
     assert (code, text, errors.count("\n")) == (2, "", 1)
+
+
+def test_batches(tmp_path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.uniform(-0.5, 0.5, (30, 64)).astype(np.float32)
+    features = rng.uniform(0, 1, (2, 3, 64)).astype(np.float32)
+    labels = np.full((2, 3, 30), 0.2 / 30, np.float32)
+    labels[:, np.arange(3), [4, 9, 17]] += 0.8
+    logits = features @ weight.T
+    prediction = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    prediction /= prediction.sum(axis=-1, keepdims=True)
+    gradient = (np.swapaxes(prediction - labels, 1, 2) @ features / 3).astype(np.float32)
+    seen = save(tmp_path / "seen.npz", {"weight": weight, "weight_gradient": gradient})
+    for size in ("3", "auto"):
+        code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--batch-size", size, "--json")
+        assert (code, errors) == (0, "")
+        assert json.loads(text)["verdicts"]["unique"] == 6
+        with np.load(tmp_path / "out.npz") as out:
+            assert out["labels"].shape == (2, 3, 30)
+            assert out["features"].shape == (2, 3, 64)
+            assert out["verdict"].tolist() == [["unique"] * 3] * 2
+            found = out["labels"][np.arange(2)[:, None], np.argsort(out["labels"].argmax(axis=2), axis=1)]
+            np.testing.assert_allclose(found, labels, atol=1e-5)
+    code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--batch-size", "3")
+    assert code == 0
+    assert "6 unique" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--batch-size", "0"), "neither a positive integer nor auto"),
+        (("--batch-size", "10"), "number of classes"),
+        (("--batch-size", "2", "--unknown-scale"), "known scale"),
+        (("--batch-size", "2", "--method", "idlg"), "--method exact"),
+    ],
+)
+def test_bad_batch_sizes_are_refused_in_one_line(options, expected, tmp_path, capsys, observation) -> None:
+    out = tmp_path / "out.npz"
+    seen = save(tmp_path / "seen.npz", observation)
+    check_refused(capsys, out, ("recover", seen, "--out", out, *options), expected)

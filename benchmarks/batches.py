@@ -1,0 +1,196 @@
+"""How many examples of a batch are found in one averaged gradient? LeNet on real images, formats not told.
+
+    python benchmarks/batches.py [--dataset cifar10] [--data-dir DIR] [--batches 10] [--json FILE] [--figure FILE.png]
+                                 [--cases 100:8 100:16 1000:32] [--trained-cases 10:2 10:3 10:4]
+
+Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
+with smoothing and mixup (`--trained-cases`; C of the data set). Images are drawn without repetition, gradients are
+float32. An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but within six
+of its own deviations, and a reported label that fits no example as spurious.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from accuracy import FORMATS, TRAINING_EXAMPLES, last_layer, networks
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.optimize import linear_sum_assignment
+
+import softinv_jax
+from softinv_jax.client import SoftLabelBatch, load_photographs, load_tfds, sample_batch
+
+
+def draw_batch(
+    images: np.ndarray, classes: np.ndarray, number_of_classes: int, size: int, family: str, seed: int
+) -> SoftLabelBatch:
+    """A batch in which no image comes twice, as when a client shuffles its data: each example has its own share."""
+    order = np.random.default_rng([size, seed]).permutation(len(images))
+    each = len(images) // size
+    parts = []
+    for index in range(size):
+        own = order[index * each : (index + 1) * each]
+        key = jax.random.key(100_000 * size + 1000 * seed + index)
+        parts.append(sample_batch(key, family, images[own], classes[own], number_of_classes, 1))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def batch_gradient(weight: np.ndarray, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Gradient (C, d) of the mean cross-entropy over a batch, float32, as a client computes it."""
+
+    def loss(weight: jax.Array) -> jax.Array:
+        return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(features @ weight.T), axis=1))
+
+    return np.asarray(jax.grad(loss)(jnp.asarray(weight)))
+
+
+def score(found: softinv_jax.BatchRecovery, labels: np.ndarray) -> dict[str, float]:
+    """Counts for one batch. The truth is used here only."""
+    told = np.flatnonzero(np.isfinite(found.label).all(axis=1))
+    error = np.abs(found.label[told][:, None, :] - labels[None]).max(axis=2)
+    rows, columns = linear_sum_assignment(error)
+    error = error[rows, columns]
+    within = 6 * found.label_deviation[told][rows].max(axis=1)
+    exact = error < 1e-5
+    imprecise = ~exact & (error <= within)
+    wrong = ~exact & ~imprecise
+    unique = found.verdict[told][rows] == softinv_jax.Verdict.UNIQUE
+    return {
+        "found": int(exact.sum()),
+        "imprecise": int(imprecise.sum()),
+        "spurious": int(wrong.sum()),
+        "spurious_unique": int(np.sum(wrong & unique)),
+        "largest_error": float(np.max(error[exact], initial=0.0)),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="cifar10", help="a prepared TFDS data set, or 'photographs'")
+    parser.add_argument("--data-dir", help="TFDS data directory (default: TFDS_DATA_DIR)")
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--cases", nargs="*", default=["100:8", "100:16", "1000:32"], metavar="C:B")
+    parser.add_argument("--trained-cases", nargs="*", default=["10:2", "10:3", "10:4"], metavar="C:B")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--figure", metavar="FILE.png", help="found fraction against batch size")
+    arguments = parser.parse_args()
+    untrained = [tuple(map(int, case.split(":"))) for case in arguments.cases]
+    trained = [tuple(map(int, case.split(":"))) for case in arguments.trained_cases]
+    if arguments.dataset == "photographs":
+        training, test = load_photographs(split="train"), load_photographs(split="test")
+    else:
+        training = load_tfds(arguments.dataset, "train", data_dir=arguments.data_dir, limit=TRAINING_EXAMPLES)
+        test = load_tfds(arguments.dataset, "test", data_dir=arguments.data_dir, limit=2000)
+    images = test.with_statistics_of(training).normalised()
+    arguments.classes = sorted({classes for classes, _ in untrained})
+    arguments.networks = ["untrained"] * bool(untrained) + ["smoothing", "mixup"] * bool(trained)
+    rows: list[dict[str, Any]] = []
+    for name, number_of_classes, network, parameters in networks(arguments, training):
+        cases = untrained if name == "untrained" else trained
+        for size in [size for classes, size in cases if classes == number_of_classes]:
+            for family in FORMATS:
+                rows.append(
+                    measure(name, number_of_classes, network, parameters, images, test.classes, size, family, arguments)
+                )
+    show(rows)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"jax": jax.__version__, "rows": rows}, file, indent=2)
+    if arguments.figure:
+        draw(rows, arguments.figure)
+
+
+def measure(
+    name: str,
+    number_of_classes: int,
+    network: Any,
+    parameters: Any,
+    images: np.ndarray,
+    classes: np.ndarray,
+    size: int,
+    family: str,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """One row: some batches of one size and format."""
+    counts = dict.fromkeys(("found", "imprecise", "spurious", "spurious_unique"), 0)
+    largest, seconds = 0.0, []
+    rng = np.random.default_rng([number_of_classes, size])
+    if number_of_classes > classes.max() + 1:  # With more classes than the data set has, images get classes at random.
+        classes = rng.integers(0, number_of_classes, len(images)).astype(np.int32)
+    for index in track(range(arguments.batches), description=f"{name} C={number_of_classes} B={size} {family}"):
+        drawn = draw_batch(images, classes, number_of_classes, size, family, index)
+        weight, features, _ = last_layer(network, parameters, drawn)
+        labels = np.asarray(drawn.labels)
+        gradient = batch_gradient(weight, features, labels)
+        start = time.perf_counter()
+        recovery = softinv_jax.recover_batch(softinv_jax.observe(weight, gradient), size)
+        seconds.append(time.perf_counter() - start)
+        result = score(recovery, labels)
+        for key_name in counts:
+            counts[key_name] += int(result[key_name])
+        largest = max(largest, result["largest_error"])
+    return {
+        "network": name,
+        "classes": number_of_classes,
+        "batch_size": size,
+        "format": family,
+        "total": size * arguments.batches,
+        **counts,
+        "largest_error": largest,
+        "median_seconds": float(np.median(seconds)),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    table = Table(title="examples found in one averaged gradient")
+    columns = ("network", "C", "B", "format", "found", "imprecise", "spurious", "of these unique", "error", "s / batch")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("network", "format") else "right")
+    for row in rows:
+        table.add_row(
+            row["network"],
+            str(row["classes"]),
+            str(row["batch_size"]),
+            row["format"],
+            f"{row['found']}/{row['total']}",
+            str(row["imprecise"]),
+            str(row["spurious"]),
+            str(row["spurious_unique"]),
+            f"{row['largest_error']:.0e}",
+            f"{row['median_seconds']:.2f}",
+        )
+    Console(width=120).print(table)
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Found fraction against batch size, with the two counting bounds (t = 1 weight)."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    keys = sorted({(row["network"], row["classes"]) for row in rows})
+    figure = Figure(figsize=(5 * len(keys), 4), layout="constrained")
+    for axes, (name, classes) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for family in FORMATS:
+            own = [row for row in rows if (row["network"], row["classes"], row["format"]) == (name, classes, family)]
+            own.sort(key=lambda row: row["batch_size"])
+            axes.plot(
+                [row["batch_size"] for row in own], [row["found"] / row["total"] for row in own], "o-", label=family
+            )
+        for bound, style, text in (((classes - 2) / 2, "--", "one example alone"), (classes - 2, ":", "all together")):
+            axes.axvline(bound, color="grey", linestyle=style, label=f"as many equations as unknowns, {text}")
+        axes.set(title=f"{name}, C = {classes}", xlabel="batch size", ylabel="fraction found", ylim=(-0.03, 1.03))
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

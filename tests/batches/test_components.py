@@ -1,0 +1,129 @@
+"""The pieces of a batch recovery against plain NumPy and against theorems."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softinv_jax.batches.component import ITERATIONS, solve_components, strongest_residual
+from softinv_jax.batches.joint import fit_jointly
+from softinv_jax.batches.subspace import BatchSubspace, batch_subspace, numerical_rank
+
+CLASSES, FEATURES, SIZE = 24, 50, 4
+
+
+def draw(seed: int, noise: float = 0.0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(-0.5, 0.5, (CLASSES, FEATURES))
+    features = rng.uniform(0, 1, (SIZE, FEATURES))
+    labels = np.zeros((SIZE, CLASSES)) + 0.2 / CLASSES
+    labels[np.arange(SIZE), 3 * np.arange(SIZE)] += 0.8
+    logits = features @ weight.T
+    prediction = np.exp(logits - logits.max(axis=1, keepdims=True))
+    prediction /= prediction.sum(axis=1, keepdims=True)
+    gradient = (prediction - labels).T @ features / SIZE
+    gradient = gradient + noise * rng.standard_normal(gradient.shape)
+    return weight, features, labels, prediction, gradient
+
+
+def subspace_of(weight: np.ndarray, gradient: np.ndarray, rank: int | None = SIZE) -> BatchSubspace:
+    subspace, _ = batch_subspace(jnp.asarray(weight), jnp.asarray(gradient), rank, np.dtype(np.float64), has_bias=False)
+    return subspace
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> object:
+    with jax.enable_x64(True):
+        yield
+
+
+def test_outer_products_are_dual() -> None:
+    """Wedderburn: x_i^T G^+ g_j = B delta_ij, here with NumPy's pseudo-inverse."""
+    _, features, labels, prediction, gradient = draw(0)
+    overlap = features @ np.linalg.pinv(gradient, rcond=1e-10) @ (prediction - labels).T
+    np.testing.assert_allclose(overlap, SIZE * np.eye(SIZE), atol=1e-8)
+
+
+def test_truth_solves_the_equation() -> None:
+    weight, features, labels, prediction, gradient = draw(1)
+    subspace = subspace_of(weight, gradient)
+    start = features @ np.asarray(subspace.right)
+    targets = np.array([[3 * k, -1] for k in range(SIZE)], np.int32)
+    weights = jnp.ones((SIZE, CLASSES))
+    found = solve_components(subspace, jnp.asarray(start), jnp.asarray(targets), weights, float(SIZE), 1)
+    np.testing.assert_allclose(found.coordinates, start, rtol=1e-6)
+    np.testing.assert_allclose(found.label, labels, atol=1e-8)
+    np.testing.assert_allclose(found.dual, (prediction - labels) @ np.asarray(subspace.left), atol=1e-8)
+    np.testing.assert_allclose(found.duality, 0, atol=1e-8)
+
+
+def test_elimination_is_weighted_least_squares() -> None:
+    """beta, c and the residual at a given point against numpy.linalg.lstsq on the classes not singled out."""
+    weight, features, _, _, gradient = draw(2)
+    subspace = subspace_of(weight, gradient)
+    rng = np.random.default_rng(3)
+    point = features[0] @ np.asarray(subspace.right) * 1.2
+    targets = np.array([[0, 7]], np.int32)
+    own = jnp.asarray(rng.uniform(0.5, 2, (1, CLASSES)))
+    found = solve_components(subspace, jnp.asarray(point[None]), jnp.asarray(targets), own, float(SIZE), 0)
+    clean = np.setdiff1d(np.arange(CLASSES), targets)
+    logits = np.asarray(subspace.directions) @ point
+    prediction = np.exp(logits - logits.max())
+    prediction /= prediction.sum()
+    design = np.concatenate([np.asarray(subspace.left), np.ones((CLASSES, 1))], axis=1) / found.deviation[0][:, None]
+    target = prediction / found.deviation[0]
+    solution, residual, *_ = np.linalg.lstsq(design[clean], target[clean], rcond=None)
+    np.testing.assert_allclose(found.dual[0], solution[:SIZE], rtol=1e-6)
+    np.testing.assert_allclose(found.level[0], solution[SIZE], rtol=1e-6)
+    freedom = len(clean) - 1 - 2 * SIZE + 1
+    np.testing.assert_allclose(found.misfit[0], np.sqrt(residual[0] / freedom), rtol=1e-6)
+
+
+def test_strongest_residual_names_the_missing_class() -> None:
+    weight, features, labels, prediction, _ = draw(4)
+    labels = labels.copy()
+    labels[0] = 0
+    labels[0, [0, 20]] = 0.6, 0.4
+    gradient = (prediction - labels).T @ features / SIZE
+    subspace = subspace_of(weight, gradient)
+    start = jnp.asarray((features[0] @ np.asarray(subspace.right))[None])
+    weights = jnp.ones((1, CLASSES))
+    found = solve_components(subspace, start, jnp.asarray([[0, -1]], jnp.int32), weights, float(SIZE), 0)
+    assert 20 in np.asarray(strongest_residual(subspace, found))[0]
+
+
+def test_deviations_cover_the_errors() -> None:
+    """Label errors of one example and of the joint fit under noise, in units of the deviations that are claimed."""
+    single, together = [], []
+    for seed in range(12):
+        weight, features, labels, _, gradient = draw(seed, noise=1e-7)
+        subspace = subspace_of(weight, gradient)
+        start = jnp.asarray(features @ np.asarray(subspace.right))
+        targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
+        weights = jnp.ones((SIZE, CLASSES))
+        rough = solve_components(subspace, start, targets, weights, float(SIZE), ITERATIONS)
+        found = solve_components(subspace, rough.coordinates, targets, 1 / rough.deviation, float(SIZE), ITERATIONS)
+        index = np.arange(SIZE), 3 * np.arange(SIZE)
+        single.append((np.asarray(found.label) - labels)[index] / np.asarray(found.label_deviation)[index])
+        excess = jnp.stack([found.label[index] - found.level, jnp.zeros(SIZE)], axis=1)
+        joint = fit_jointly(subspace, found.coordinates, excess, targets, float(SIZE))
+        together.append((np.asarray(joint.label) - labels)[index] / np.asarray(joint.label_deviation)[index])
+        assert 0.6 < joint.misfit < 1.4
+    assert 0.4 < np.sqrt(np.mean(np.square(single))) < 1.6
+    assert 0.4 < np.sqrt(np.mean(np.square(together))) < 1.6
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_numerical_rank(rank: int, noise: float) -> None:
+    rng = np.random.default_rng(rank)
+    matrix = rng.standard_normal((20, rank)) @ rng.standard_normal((rank, 60))
+    matrix = (matrix + noise * rng.standard_normal(matrix.shape)).astype(np.float32)
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    assert numerical_rank(values, matrix.shape, matrix.dtype) == rank
+
+
+def test_rank_of_zero_and_of_noise() -> None:
+    assert numerical_rank(np.zeros(5), (5, 9), np.dtype(np.float32)) == 0
+    noise = np.random.default_rng(0).standard_normal((20, 60))
+    assert numerical_rank(np.linalg.svd(noise, compute_uv=False), (20, 60), np.dtype(np.float32)) == 20
