@@ -5,8 +5,8 @@
 
 Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
 with smoothing and mixup (`--trained-cases`; C of the data set). Images are drawn without repetition, gradients are
-float32. An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but within six
-of its own deviations, and a reported label that fits no example as spurious.
+float32. An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
+within six of its own deviations, and a reported label that fits no example as spurious.
 """
 
 from __future__ import annotations
