@@ -13,7 +13,7 @@ class Verdict(enum.IntEnum):
     """How sure a recovery is.
 
     Attributes:
-      NOT_FOUND: one of a batch that the search did not find; nothing is said of it.
+      NOT_FOUND: one of a batch that the search did not find, or not surely enough; nothing is said of it.
       NO_SIGNAL: the gradient is zero, or noise: nothing can be said.
       UNIDENTIFIABLE: more labels than can be listed explain the gradient; see `Recovery.interval`.
       AMBIGUOUS: a few labels explain it, or one whose structure could be an accident; see `Recovery.candidates`.
@@ -24,13 +24,14 @@ class Verdict(enum.IntEnum):
     UNIDENTIFIABLE = 1
     AMBIGUOUS = 2
     UNIQUE = 3
-    NOT_FOUND = 4
+    NOT_FOUND = -1  # Below all others: a label is given from AMBIGUOUS on.
 
 
 def verdict_names(codes: object) -> np.ndarray:
     """Verdict codes of any shape as lower-case strings."""
-    names = np.array([verdict.name.lower() for verdict in Verdict])
-    return names[np.asarray(codes)]
+    names = {int(verdict): verdict.name.lower() for verdict in Verdict}
+    ordered = np.array([names[code] for code in sorted(names)])
+    return ordered[np.asarray(codes) - min(names)]
 
 
 class LabelKind(enum.IntEnum):
