@@ -35,7 +35,11 @@ def recovery_summary(recovery: Recovery) -> dict[str, Any]:
     """
     verdicts, kinds = np.asarray(recovery.verdict), np.asarray(recovery.format.kind)
     return {
-        "verdicts": {verdict.name.lower(): int(np.sum(verdicts == verdict)) for verdict in Verdict},
+        "verdicts": {
+            verdict.name.lower(): int(np.sum(verdicts == verdict))
+            for verdict in Verdict
+            if verdict != Verdict.NOT_FOUND  # Only of batches.
+        },
         "kinds": {kind.name.lower(): int(np.sum(kinds == kind)) for kind in LabelKind},
         "versions": package_versions(),
         "samples": _samples(recovery),
