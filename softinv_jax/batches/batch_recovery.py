@@ -418,11 +418,12 @@ def _surprise(subspace: BatchSubspace, one: Component, tried: int) -> float:
 
 
 def _plausible(one: Component) -> bool:
-    """Residuals as small as expected, dual to itself, with an entry of the constant feature if any, and a label."""
+    """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
     reach = 2 * TOLERANCE * one.label_deviation
     return bool(
         np.isfinite(one.misfit)
         and one.misfit <= TOLERANCE / 2
+        and one.decrement <= 1
         and abs(one.duality) <= TOLERANCE * one.duality_deviation + 1e-9
         and abs(one.constant_error) <= 1e-6
         and np.all(one.label >= -reach)

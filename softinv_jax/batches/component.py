@@ -43,6 +43,8 @@ class Component:
       label_deviation: (C,) of the label, with the errors of a and beta that the noise causes.
       misfit: () root mean square of (label - c) / deviation over the classes not singled out, with the degrees of
         freedom that the unknowns leave.
+      decrement: () what one more step would take off the sum of those squares: below 1, the coordinates are within one
+        of their own deviations of where the iteration ends.
       duality: () x^T G^+ g / B - 1. duality_deviation: () what noise makes of it.
       constant_error: () what the constant feature of a head with a bias misses 1 by.
     """
@@ -55,6 +57,7 @@ class Component:
     deviation: jax.Array
     label_deviation: jax.Array
     misfit: jax.Array
+    decrement: jax.Array
     duality: jax.Array
     duality_deviation: jax.Array
     constant_error: jax.Array
@@ -230,7 +233,9 @@ def _describe(
     scales = jnp.stack([DUALITY_WEIGHT * jnp.maximum(duality_deviation, 1e-15), jnp.asarray(1e-7)])
     slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
     norms = jnp.sqrt(jnp.maximum(jnp.sum(slopes**2, axis=0), 1e-300))
-    mixing = jnp.linalg.qr(slopes / norms[None, :], mode="r")
+    columns, mixing = jnp.linalg.qr(slopes / norms[None, :])
+    errors = jnp.concatenate([residual, equations.residual[number_of_classes:] / scales])
+    decrement = jnp.sum((columns.T @ errors) ** 2)
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
     moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms[None, :]).T, trans=1)
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
@@ -243,6 +248,7 @@ def _describe(
         deviation=deviation,
         label_deviation=jnp.where(singled, spread, jnp.minimum(spread, deviation)),
         misfit=misfit,
+        decrement=decrement,
         duality=duality,
         duality_deviation=duality_deviation,
         constant_error=subspace.constant @ coordinates - jnp.any(subspace.constant != 0),
