@@ -517,9 +517,11 @@ def _finish(
         predicted += np.outer(prediction - structured, full) / divisor
     if joint is not None:
         joint_surprise = _joint_surprise(subspace, found, joint)
-    for row in range(len(found)):
-        if max(surprise[row], np.nan_to_num(joint_surprise, nan=-np.inf)) < UNIQUE_SURPRISE:
-            # It explains its own equation, as an accident might: not enough to report it.
+    for row, one in enumerate(found):
+        accident = max(surprise[row], np.nan_to_num(joint_surprise, nan=-np.inf)) < UNIQUE_SURPRISE
+        vague = joint is None and TOLERANCE * one.logit_deviation > 1
+        if accident or vague:
+            # It explains its own equation, as an accident might, or too many labels do: not enough to report it.
             label[row], feature[row], label_deviation[row] = np.nan, np.nan, np.nan
             targets[row] = -1
             continue

@@ -45,6 +45,8 @@ class Component:
         freedom that the unknowns leave.
       decrement: () what one more step would take off the sum of those squares: below 1, the coordinates are within one
         of their own deviations of where the iteration ends.
+      logit_deviation: () largest standard deviation of a logit whose softmax entry stands out of its own: where six of
+        these come near 1, deviations to first order say little.
       duality: () x^T G^+ g / B - 1. duality_deviation: () what noise makes of it.
       constant_error: () what the constant feature of a head with a bias misses 1 by.
     """
@@ -58,6 +60,7 @@ class Component:
     label_deviation: jax.Array
     misfit: jax.Array
     decrement: jax.Array
+    logit_deviation: jax.Array
     duality: jax.Array
     duality_deviation: jax.Array
     constant_error: jax.Array
@@ -239,6 +242,10 @@ def _describe(
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
     moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms[None, :]).T, trans=1)
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
+    logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
+    logit_moved = jax.scipy.linalg.solve_triangular(mixing, (logit_slope / norms[None, :]).T, trans=1)
+    visible = prediction > 6 * deviation
+    logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum(logit_moved**2, axis=0)), 0.0))
     return Component(
         coordinates=coordinates,
         dual=dual,
@@ -249,6 +256,7 @@ def _describe(
         label_deviation=jnp.where(singled, spread, jnp.minimum(spread, deviation)),
         misfit=misfit,
         decrement=decrement,
+        logit_deviation=logit_deviation,
         duality=duality,
         duality_deviation=duality_deviation,
         constant_error=subspace.constant @ coordinates - jnp.any(subspace.constant != 0),
