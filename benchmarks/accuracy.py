@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from rich.table import Table
 
 import softinv_jax
 from softinv_jax.client import (
+    ImageDataset,
     LeNet,
     SoftLabelBatch,
     initialise,
@@ -39,6 +41,17 @@ from softinv_jax.measures.label_error import label_error
 
 FORMATS = ("hard", "smoothing", "mixup", "smoothed_mixup")
 TRAINING_EXAMPLES = 20_000
+
+
+def load_data(arguments: argparse.Namespace) -> tuple[ImageDataset, ImageDataset, np.ndarray]:
+    """Training and test data as `--dataset` and `--data-dir` say; the test images, normalised as the training's."""
+    if arguments.dataset == "photographs":
+        training, test = load_photographs(split="train"), load_photographs(split="test")
+    else:
+        training = load_tfds(arguments.dataset, "train", data_dir=arguments.data_dir, limit=TRAINING_EXAMPLES)
+        test = load_tfds(arguments.dataset, "test", data_dir=arguments.data_dir, limit=2000)
+    images = test.with_statistics_of(training).normalised()
+    return training, test, images
 
 
 def networks(arguments: argparse.Namespace, training: Any) -> Iterator[tuple[str, int, LeNet, Any]]:
@@ -64,12 +77,20 @@ def networks(arguments: argparse.Namespace, training: Any) -> Iterator[tuple[str
             yield f"trained with {family}", training.number_of_classes, network, result.parameters
 
 
-def last_layer(network: LeNet, parameters: Any, batch: SoftLabelBatch) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-    """Weight (C, d), features (N, d) and the clients' last-layer gradients (N, C, d)."""
-    features = jax.jit(lambda images: network.apply({"params": parameters}, images, method="features"))(batch.images)
-    weight = jnp.asarray(parameters["head"]["kernel"]).T
-    gradients = per_sample_last_layer_gradients(weight, features, batch.labels).weight
-    return np.asarray(weight), np.asarray(features), gradients
+@partial(jax.jit, static_argnums=0)
+def _features(network: LeNet, parameters: Any, images: jax.Array) -> jax.Array:
+    return network.apply({"params": parameters}, images, method="features")
+
+
+def head_and_features(network: LeNet, parameters: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weight (C, d) of the last layer, and what goes into it, (N, d)."""
+    return jnp.asarray(parameters["head"]["kernel"]).T, _features(network, parameters, images)
+
+
+def last_layer(network: LeNet, parameters: Any, batch: SoftLabelBatch) -> tuple[np.ndarray, jax.Array]:
+    """Weight (C, d) and the clients' last-layer gradients (N, C, d)."""
+    weight, features = head_and_features(network, parameters, batch.images)
+    return np.asarray(weight), per_sample_last_layer_gradients(weight, features, batch.labels).weight
 
 
 def row(name: str, method: str, result: softinv_jax.Recovery, labels: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -123,12 +144,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["untrained", "smoothing", "mixup"])
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    if arguments.dataset == "photographs":
-        training, test = load_photographs(split="train"), load_photographs(split="test")
-    else:
-        training = load_tfds(arguments.dataset, "train", data_dir=arguments.data_dir, limit=TRAINING_EXAMPLES)
-        test = load_tfds(arguments.dataset, "test", data_dir=arguments.data_dir, limit=2000)
-    images = test.with_statistics_of(training).normalised()
+    training, test, images = load_data(arguments)
     table = Table(title=f"LeNet, {arguments.dataset}, float32 gradients: label error below 1e-4 counts as recovered")
     for column in ("network", "C", "format", "method", "recovered", "unique", "wrong unique", "largest error", "per s"):
         table.add_column(column)
@@ -144,7 +160,7 @@ def main() -> None:
                 count = min(50 if number_of_classes > 100 else arguments.samples, arguments.samples - start)
                 key = jax.random.fold_in(jax.random.key(4), start)
                 batch = sample_batch(key, family, images, classes, number_of_classes, count)
-                weight, _, gradients = last_layer(network, parameters, batch)
+                weight, gradients = last_layer(network, parameters, batch)
                 parts.append(compare(name, weight, gradients, np.asarray(batch.labels), family))
             for same in zip(*parts, strict=True):
                 merged = dict(same[0])

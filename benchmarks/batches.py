@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from accuracy import FORMATS, TRAINING_EXAMPLES, last_layer, networks
+from accuracy import FORMATS, head_and_features, load_data, networks
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
 import softinv_jax
-from softinv_jax.client import SoftLabelBatch, load_photographs, load_tfds, sample_batch
+from softinv_jax.client import SoftLabelBatch, cross_entropy, sample_batch
 
 
 def draw_batch(
@@ -43,13 +43,14 @@ def draw_batch(
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def batch_gradient(weight: np.ndarray, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+@jax.jit
+def batch_gradient(weight: jax.Array, features: jax.Array, labels: jax.Array) -> jax.Array:
     """Gradient (C, d) of the mean cross-entropy over a batch, float32, as a client computes it."""
 
     def loss(weight: jax.Array) -> jax.Array:
-        return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(features @ weight.T), axis=1))
+        return jnp.mean(jax.vmap(cross_entropy)(features @ weight.T, labels))
 
-    return np.asarray(jax.grad(loss)(jnp.asarray(weight)))
+    return jax.grad(loss)(weight)
 
 
 def score(found: softinv_jax.BatchRecovery, labels: np.ndarray) -> dict[str, float]:
@@ -85,12 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     untrained = [tuple(map(int, case.split(":"))) for case in arguments.cases]
     trained = [tuple(map(int, case.split(":"))) for case in arguments.trained_cases]
-    if arguments.dataset == "photographs":
-        training, test = load_photographs(split="train"), load_photographs(split="test")
-    else:
-        training = load_tfds(arguments.dataset, "train", data_dir=arguments.data_dir, limit=TRAINING_EXAMPLES)
-        test = load_tfds(arguments.dataset, "test", data_dir=arguments.data_dir, limit=2000)
-    images = test.with_statistics_of(training).normalised()
+    training, test, images = load_data(arguments)
     arguments.classes = sorted({classes for classes, _ in untrained})
     arguments.networks = ["untrained"] * bool(untrained) + ["smoothing", "mixup"] * bool(trained)
     rows: list[dict[str, Any]] = []
@@ -128,9 +124,9 @@ def measure(
         classes = rng.integers(0, number_of_classes, len(images)).astype(np.int32)
     for index in track(range(arguments.batches), description=f"{name} C={number_of_classes} B={size} {family}"):
         drawn = draw_batch(images, classes, number_of_classes, size, family, index)
-        weight, features, _ = last_layer(network, parameters, drawn)
+        weight, features = head_and_features(network, parameters, drawn.images)
         labels = np.asarray(drawn.labels)
-        gradient = batch_gradient(weight, features, labels)
+        gradient = batch_gradient(weight, features, drawn.labels)
         start = time.perf_counter()
         recovery = softinv_jax.recover_batch(softinv_jax.observe(weight, gradient), size)
         seconds.append(time.perf_counter() - start)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from softinv_jax.batches.subspace import BatchSubspace
+from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["ITERATIONS", "TARGETS", "Component", "solve_components", "strongest_residual"]
+__all__ = ["ITERATIONS", "TARGETS", "Component", "logit_error", "solve_components", "strongest_residual"]
 
 TARGETS = 2  # Classes a label singles out, at most.
 ITERATIONS = 40
@@ -83,10 +84,14 @@ class _Eliminator(NamedTuple):
         return self.inverse @ (self.columns.T @ (self.weights[:, None] * values))
 
 
+def _singled_out(targets: jax.Array, number_of_classes: int) -> jax.Array:
+    """(C,) bool."""
+    return jnp.any(jnp.arange(number_of_classes)[:, None] == targets[None, :], axis=1)
+
+
 def _eliminator(subspace: BatchSubspace, targets: jax.Array, weights: jax.Array) -> _Eliminator:
     number_of_classes, rank = subspace.left.shape
-    singled = jnp.any(jnp.arange(number_of_classes)[:, None] == targets[None, :], axis=1)
-    weights = jnp.where(singled, 0.0, weights)
+    weights = jnp.where(_singled_out(targets, number_of_classes), 0.0, weights)
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
     columns, mixing = jnp.linalg.qr(weights[:, None] * design)
     inverse = jax.scipy.linalg.solve_triangular(mixing, jnp.eye(rank + 1))
@@ -211,7 +216,7 @@ def _describe(
     values = subspace.singular_values
     number_of_classes, rank = subspace.left.shape
     used = targets >= 0
-    singled = jnp.any(jnp.arange(number_of_classes)[:, None] == targets[None, :], axis=1)
+    singled = _singled_out(targets, number_of_classes)
     first = _eliminator(subspace, targets, weights)
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
     dual = first.solution(prediction[:, None])[:rank, 0]
@@ -225,9 +230,9 @@ def _describe(
     residual = equations.residual[:number_of_classes]
     freedom = number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1
     misfit = jnp.sqrt(jnp.sum(residual**2) / jnp.maximum(freedom, 1))
-    duality = jnp.sum(coordinates / values * dual) / batch_size - 1
     noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
     scaled = coordinates / values / batch_size
+    duality = scaled @ dual - 1
     duality_deviation = jnp.hypot(subspace.noise * noise, jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[:rank]) ** 2)))
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
@@ -244,7 +249,7 @@ def _describe(
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
     logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
     logit_moved = jax.scipy.linalg.solve_triangular(mixing, (logit_slope / norms[None, :]).T, trans=1)
-    visible = prediction > 6 * deviation
+    visible = prediction > TOLERANCE * deviation
     logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum(logit_moved**2, axis=0)), 0.0))
     return Component(
         coordinates=coordinates,
@@ -259,7 +264,7 @@ def _describe(
         logit_deviation=logit_deviation,
         duality=duality,
         duality_deviation=duality_deviation,
-        constant_error=subspace.constant @ coordinates - jnp.any(subspace.constant != 0),
+        constant_error=equations.residual[-1],
     )
 
 
@@ -272,15 +277,19 @@ def label_deviation(
     the row space, G^T U S^-1 a, which moves the logits by |W_j| times |S^-1 a| times the noise; and the client rounds
     its logits and p - y, as in one example.
     """
-    values = subspace.singular_values
-    row = subspace.noise * jnp.sqrt(jnp.sum((dual / values) ** 2))
-    feature = subspace.noise * jnp.sqrt(jnp.sum((coordinates / values) ** 2))
+    row = subspace.noise * jnp.sqrt(jnp.sum((dual / subspace.singular_values) ** 2))
+    carried = logit_error(subspace, coordinates) * prediction
+    return jnp.sqrt(row**2 + carried**2 + (subspace.roundoff * label) ** 2)
+
+
+def logit_error(subspace: BatchSubspace, coordinates: jax.Array) -> jax.Array:
+    """(C,) standard deviation of the logits at given a, from the noise on V and the client's rounding."""
+    feature = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
     # The client rounds the logits it sums and stores, and p and p - y in a few operations each.
     logits = jnp.abs(subspace.directions @ coordinates)
     summed = 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2))
     own = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)
-    logit = (subspace.weight_norm * feature) ** 2 + own**2
-    return jnp.sqrt(row**2 + logit * prediction**2 + (subspace.roundoff * label) ** 2)
+    return jnp.hypot(subspace.weight_norm * feature, own)
 
 
 @jax.jit
@@ -289,8 +298,7 @@ def strongest_residual(subspace: BatchSubspace, components: Component) -> jax.Ar
 
     def one(component: Component) -> jax.Array:
         standardised = jnp.abs(component.label - component.level) / component.deviation
-        classes = jnp.arange(subspace.left.shape[0])
-        taken = jnp.any(classes[:, None] == component.targets[None, :], axis=1)
+        taken = _singled_out(component.targets, subspace.left.shape[0])
         # Leaving one class aside removes all of its own residual, and none of what it dragged along: the larger its
         # leverage, the more of the whole it stands for.
         eliminator = _eliminator(subspace, component.targets, 1 / component.deviation)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.batches.component import ROUNDED_OPERATIONS, TARGETS
+from softinv_jax.batches.component import TARGETS, logit_error
 from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["JointFit", "fit_jointly"]
@@ -22,19 +22,16 @@ STEPS = 25
 class JointFit(NamedTuple):
     """Leading axis B: one entry an example.
 
-    coordinates: (B, r). weights: (B, TARGETS), zero where unused. label: (B, C), structured.
+    coordinates: (B, r). label: (B, C), structured.
     coordinates_deviation: (B, r) and label_deviation: (B, C), standard deviations.
     misfit: () root mean square residual in standard deviations, with the degrees of freedom left.
-    freedom: () how many equations there are beyond the unknowns.
     """
 
     coordinates: jax.Array
-    weights: jax.Array
     label: jax.Array
     coordinates_deviation: jax.Array
     label_deviation: jax.Array
     misfit: jax.Array
-    freedom: jax.Array
 
 
 @partial(jax.jit, static_argnames=("steps",))
@@ -69,13 +66,9 @@ def fit_jointly(
         return prediction, prediction - labels(weights)
 
     def row_deviation(coordinates: jax.Array, prediction: jax.Array) -> jax.Array:
-        """(C,) of the entries of a row of G V: its noise, and that of the logits (see `label_deviation`)."""
+        """(C,) of the entries of a row of G V: its noise, and that of the logits (see `logit_error`)."""
         size = jnp.sqrt(jnp.sum(coordinates**2, axis=1))
-        beyond = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values[None, :]) ** 2, axis=1))
-        logits = jnp.abs(coordinates @ subspace.directions.T)
-        summed = 0.41 * subspace.weight_norm[None, :] * size[:, None]
-        rounding = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)
-        logit = jnp.hypot(rounding, subspace.weight_norm[None, :] * beyond[:, None])
+        logit = jax.vmap(partial(logit_error, subspace))(coordinates)
         carried = jnp.sum((logit * prediction * size[:, None]) ** 2, axis=0) / (batch_size**2 * rank)
         return jnp.sqrt(subspace.noise**2 + carried)
 
@@ -135,10 +128,8 @@ def fit_jointly(
     freedom = (number_of_classes - 1) * rank + jnp.where(has_constant, count, 0) - unknowns
     return JointFit(
         coordinates=coordinates,
-        weights=jnp.where(used, weights, 0.0),
         label=labels(weights),
         coordinates_deviation=coordinate_deviation,
         label_deviation=jnp.sqrt(jnp.maximum(label_variance, 0.0)),
         misfit=jnp.sqrt(loss / jnp.maximum(freedom, 1)),
-        freedom=freedom,
     )

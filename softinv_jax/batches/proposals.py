@@ -12,21 +12,16 @@ import numpy as np
 
 from softinv_jax.batches.component import TARGETS
 
-__all__ = ["Proposals", "propose"]
+__all__ = ["propose"]
 
 ALL_PAIRS = 700
 SPLITS = 3  # The strongest classes, and as many directions.
 SPLIT_SHARES = (-0.2, -0.05, 0.05, 0.2)  # How far apart two examples of one class may lie, relative to their size.
 
 
-class Proposals:
-    """Starts (n, B) and the classes assumed to be singled out (n, TARGETS), -1 for none."""
-
-    def __init__(self, starts: np.ndarray, targets: np.ndarray) -> None:
-        self.starts, self.targets = starts, targets
-
-
-def propose(remainder: np.ndarray, remaining: int, batch_size: float, stretch: float, *, separately: bool) -> Proposals:
+def propose(
+    remainder: np.ndarray, remaining: int, batch_size: float, stretch: float, *, separately: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Starts from what the examples found so far leave of the gradient.
 
     Args:
@@ -35,6 +30,9 @@ def propose(remainder: np.ndarray, remaining: int, batch_size: float, stretch: f
       batch_size: B. stretch: factor on the starts, for weights of less than 1.
       separately: start a pair of classes from either row by itself, not from their sum: one may be shared with another
         example, or have p > y.
+
+    Returns:
+      Starts (n, B), and the classes assumed to be singled out, (n, TARGETS), -1 for none.
     """
     left, _, right = np.linalg.svd(remainder, full_matrices=False)
     left = left[:, :remaining]
@@ -64,4 +62,4 @@ def propose(remainder: np.ndarray, remaining: int, batch_size: float, stretch: f
     if splits:
         targets = np.concatenate([targets, [(k, *(-1,) * (TARGETS - 1)) for k, _ in splits]]).astype(np.int32)
         starts = np.concatenate([starts, [start for _, start in splits]])
-    return Proposals(starts, targets)
+    return starts, targets

@@ -72,13 +72,13 @@ def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int], dtype: n
 
 
 def batch_subspace(
-    weight: jax.Array, gradient: jax.Array, rank: int | None, dtype: np.dtype, *, has_bias: bool
+    weight: jax.Array, gradient: jax.Array, largest: int | None, dtype: np.dtype, *, has_bias: bool
 ) -> tuple[BatchSubspace, np.ndarray]:
     """Decompose a gradient.
 
     Args:
       weight, gradient: (C, d) float64, with the bias as last column where there is one.
-      rank: B, or None to read it off the singular values.
+      largest: B, where it is known: a higher rank is noise that has no clear edge.
       dtype: the gradient's own dtype.
       has_bias: whether the last column is a bias.
 
@@ -88,9 +88,9 @@ def batch_subspace(
     left, singular_values, right = jnp.linalg.svd(gradient, full_matrices=False)
     values = np.asarray(singular_values)
     rows, columns = gradient.shape
-    if rank is None:
-        rank = numerical_rank(values, (rows, columns), dtype)
-    rank = max(rank, 1)
+    rank = max(numerical_rank(values, (rows, columns), dtype), 1)
+    if largest is not None:
+        rank = min(rank, largest)
     tail = values[rank:]
     sigma = np.sqrt(np.sum(tail**2) / max((rows - rank) * (columns - rank), 1))
     # Entries are rounded in proportion to their size; where no tail is left to measure it, this is what is known.

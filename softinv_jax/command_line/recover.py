@@ -5,11 +5,15 @@ import json
 import os
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softinv_jax.command_line.console import InputError, progress_report, result_console
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
     from softinv_jax.observation.head import Observation
 
 __all__ = ["add_parser", "run"]
@@ -105,25 +109,20 @@ def run(arguments: argparse.Namespace) -> None:
     from softinv_jax.report.summary import recovery_summary, recovery_table  # noqa: PLC0415
 
     summary = recovery_summary(recovery)
-    if arguments.json:
-        context = {
-            "observation": arguments.observation,
-            "out": arguments.out,
-            "examples": examples,
-            "classes": observation.weight.shape[0],
-            "features": observation.weight.shape[1],
-            "bias": observation.bias is not None,
-            "dtype": str(observation.weight_gradient.dtype),
-            "method": arguments.method,
-            "label_format": arguments.label_format,
-            "scale": "unknown" if arguments.unknown_scale else "known",
-            "seconds": round(seconds, 3),
-        }
-        print(json.dumps(context | summary, allow_nan=False, indent=1))
-        return
-    console = result_console()
-    console.print(recovery_table(summary))
-    console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
+    context = {
+        "observation": arguments.observation,
+        "out": arguments.out,
+        "examples": examples,
+        "classes": observation.weight.shape[0],
+        "features": observation.weight.shape[1],
+        "bias": observation.bias is not None,
+        "dtype": str(observation.weight_gradient.dtype),
+        "method": arguments.method,
+        "label_format": arguments.label_format,
+        "scale": "unknown" if arguments.unknown_scale else "known",
+        "seconds": round(seconds, 3),
+    }
+    _show(arguments, context, summary, recovery_table)
 
 
 def _batch_size(text: str) -> int | str:
@@ -162,20 +161,30 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation") 
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
     summary = batch_summary(recoveries)
+    context = {
+        "observation": arguments.observation,
+        "out": arguments.out,
+        "gradients": gradients,
+        "classes": observation.weight.shape[0],
+        "features": observation.weight.shape[1],
+        "batch_size": arguments.batch_size,
+        "seconds": round(seconds, 3),
+    }
+    _show(arguments, context, summary, batch_table)
+
+
+def _show(
+    arguments: argparse.Namespace,
+    context: dict[str, Any],
+    summary: dict[str, Any],
+    table: "Callable[[dict[str, Any]], Table]",
+) -> None:
+    """The result on standard output: JSON and nothing else, or a table and where the rest is."""
     if arguments.json:
-        context = {
-            "observation": arguments.observation,
-            "out": arguments.out,
-            "gradients": gradients,
-            "classes": observation.weight.shape[0],
-            "features": observation.weight.shape[1],
-            "batch_size": arguments.batch_size,
-            "seconds": round(seconds, 3),
-        }
         print(json.dumps(context | summary, allow_nan=False, indent=1))
         return
     console = result_console()
-    console.print(batch_table(summary))
+    console.print(table(summary))
     console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
 
 

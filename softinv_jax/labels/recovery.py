@@ -15,7 +15,7 @@ from softinv_jax.labels.label_format import read_format, structured_label
 from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
 from softinv_jax.labels.variance import FORMATS, minimise_variance
 from softinv_jax.labels.verdicts import Candidates, Evidence, LabelFormat, LabelKind, Recovery, Verdict
-from softinv_jax.observation.head import Observation, observe
+from softinv_jax.observation.head import Observation, append_bias, observe
 from softinv_jax.observation.rank_one import (
     RankOneFactors,
     average_rows,
@@ -94,13 +94,7 @@ def _recover(
 ) -> Recovery:
     has_bias = observation.bias is not None
     unknowns = Unknowns(scalar=not has_bias, scale=unknown_scale)
-    weight, gradient = observation.weight, observation.weight_gradient
-    if (
-        observation.bias is not None and observation.bias_gradient is not None
-    ):  # The bias is the weight of a constant feature 1.
-        weight = jnp.concatenate([weight, observation.bias[:, None].astype(weight.dtype)], axis=1)
-        bias_gradient = observation.bias_gradient[:, None].astype(gradient.dtype)
-        gradient = jnp.concatenate([gradient, bias_gradient], axis=1)
+    weight, gradient = append_bias(observation)
     factors = dominant_factors(gradient)
     if thorough:
         factors = leading_singular_factors(gradient, factors)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["HEAD_NAMES", "Observation", "check_finite", "find_head", "observe", "observe_head"]
+__all__ = ["HEAD_NAMES", "Observation", "append_bias", "check_finite", "find_head", "observe", "observe_head"]
 
 HEAD_NAMES = ("head", "classifier", "fc", "linear", "logits", "output", "predictions")
 
@@ -66,6 +66,20 @@ def observe(
         for name, value in checked.items():
             check_finite(name, value)
     return Observation(**checked)
+
+
+def append_bias(observation: Observation) -> tuple[jax.Array, jax.Array]:
+    """W and dL/dW of one gradient with the bias as last column: the weight of a constant feature 1.
+
+    Returns:
+      weight and weight_gradient, (C, d + 1); for a head without a bias as they are, (C, d).
+    """
+    weight, gradient = observation.weight, observation.weight_gradient
+    if observation.bias is None or observation.bias_gradient is None:
+        return weight, gradient
+    bias = observation.bias[:, None].astype(weight.dtype)
+    bias_gradient = observation.bias_gradient[:, None].astype(gradient.dtype)
+    return jnp.concatenate([weight, bias], axis=1), jnp.concatenate([gradient, bias_gradient], axis=1)
 
 
 def _floating(name: str, value: ArrayLike) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
@@ -91,20 +92,13 @@ def describe_format(sample: dict[str, Any]) -> str:
 
 def recovery_table(summary: dict[str, Any]) -> Table:
     """The summary for people: verdicts counted, and the first few labels."""
-    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["verdicts"].items() if count)
-    table = Table(
-        title=f"{len(summary['samples'])} gradients: {counts}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-    )
-    for name, justify in (
-        ("gradient", "right"),
-        ("verdict", "left"),
-        ("label", "left"),
-        ("standard\ndeviation", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    columns: dict[str, JustifyMethod] = {
+        "gradient": "right",
+        "verdict": "left",
+        "label": "left",
+        "standard\ndeviation": "right",
+    }
+    table = _empty_table(f"{len(summary['samples'])} gradients", summary["verdicts"], columns, len(summary["samples"]))
     for sample in summary["samples"][:LISTED]:
         deviation = sample["label_deviation"]
         table.add_row(
@@ -113,9 +107,17 @@ def recovery_table(summary: dict[str, Any]) -> Table:
             describe_format(sample),
             "-" if deviation is None else f"{deviation:.0e}",
         )
-    left = len(summary["samples"]) - LISTED
-    if left > 0:
-        table.caption, table.caption_justify = f"and {left} more", "left"
+    return table
+
+
+def _empty_table(subject: str, verdicts: dict[str, int], columns: dict[str, JustifyMethod], rows: int) -> Table:
+    """A table that counts the verdicts in its title and says how many of its rows will not be listed."""
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in verdicts.items() if count)
+    table = Table(title=f"{subject}: {counts}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)
+    if rows > LISTED:
+        table.caption, table.caption_justify = f"and {rows - LISTED} more", "left"
     return table
 
 
@@ -150,17 +152,18 @@ def batch_summary(recoveries: list[BatchRecovery]) -> dict[str, Any]:
 
 def batch_table(summary: dict[str, Any]) -> Table:
     """The summary of batches for people: each example's verdict and the classes it singles out."""
-    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["verdicts"].items() if count)
-    title = f"{len(summary['batches'])} gradients of batches: {counts}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for name in ("gradient", "example", "verdict", "label entries singled out"):
-        table.add_column(name, justify="left" if name in ("verdict", "label entries singled out") else "right")
     rows = [
         (batch["index"], number, one) for batch in summary["batches"] for number, one in enumerate(batch["examples"])
     ]
+    columns: dict[str, JustifyMethod] = {
+        "gradient": "right",
+        "example": "right",
+        "verdict": "left",
+        "label entries singled out": "left",
+    }
+    subject = f"{len(summary['batches'])} gradients of batches"
+    table = _empty_table(subject, summary["verdicts"], columns, len(rows))
     for index, number, one in rows[:LISTED]:
         entries = ", ".join(f"class {c}: {w:.4f}" for c, w in zip(one["classes"], one["weights"], strict=True))
         table.add_row(str(index), str(number), one["verdict"].replace("_", " "), entries or "-")
-    if len(rows) > LISTED:
-        table.caption, table.caption_justify = f"and {len(rows) - LISTED} more", "left"
     return table
