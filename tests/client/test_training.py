@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from softinv_jax.client.datasets import load_photographs
-from softinv_jax.client.networks import LeNet, apply_function, initialise_fan_in
+from softinv_jax.client.networks import LeNet, ResNet, apply_function, initial_batch_statistics, initialise_fan_in
 from softinv_jax.client.training import evaluate, train
 
 NETWORK = LeNet(10)
@@ -46,6 +46,7 @@ def test_training_learns_and_reports_what_it_did(family, epochs, photographs, st
     assert [report[:2] for report in reports] == [(epoch + 1, epochs) for epoch in range(epochs)]
     assert reports[-1][2] == f"loss {float(result.losses[-1]):.4f}"
     assert jax.tree.structure(result.parameters) == jax.tree.structure(start)
+    assert result.batch_statistics == {}
     # The accuracy reported is that of the parameters returned, on the images given.
     logits = jax.jit(apply_function(NETWORK))(result.parameters, images)
     np.testing.assert_allclose(result.accuracy, np.mean(np.argmax(logits, axis=1) == classes), atol=1e-6)
@@ -87,6 +88,28 @@ def test_evaluate_counts_right_classes_where_batches_do_not_fit(photographs, sta
     accuracy = evaluate(NETWORK, start, images, classes, batch_size=3)
     np.testing.assert_allclose(accuracy, expected, atol=1e-6)
     assert float(evaluate(NETWORK, start, images, predicted, batch_size=3)) == 1.0
+
+
+def test_training_moves_running_statistics_towards_those_of_its_batches() -> None:
+    network = ResNet(10, blocks=(1, 1, 1, 1), width=2, stem="cifar")
+    shape = (8, 8, 3)
+    start = initialise_fan_in(network, jax.random.key(0), shape)
+    images = 3 + np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
+    options = {"number_of_classes": 10, "epochs": 2, "batch_size": 6, "flips": False, "family": "smoothing"}
+    result = train(jax.random.key(1), network, start, images, np.arange(6), **options)
+    # What the first normalisation sees: the stem's 3x3 convolution, one zero on each side.
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    seen = np.einsum("nijcab,abck->nijk", patches, start["stem_conv"]["kernel"])
+    statistics = result.batch_statistics["stem_norm"]
+    # Two steps of 10 %; the first one's learning rate is 0, so both see the same.
+    np.testing.assert_allclose(statistics["mean"], 0.19 * seen.mean(axis=(0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(statistics["var"], 0.81 + 0.19 * seen.var(axis=(0, 1, 2)), rtol=1e-4)
+    assert jax.tree.structure(result.batch_statistics) == jax.tree.structure(initial_batch_statistics(network, shape))
+    assert not np.array_equal(result.parameters["stem_conv"]["kernel"], start["stem_conv"]["kernel"])
+    # The accuracy reported is that of evaluation mode, with the statistics returned.
+    logits = apply_function(network, result.batch_statistics)(result.parameters, jnp.asarray(images))
+    np.testing.assert_allclose(result.accuracy, np.mean(np.argmax(logits, axis=1) == np.arange(6)), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ parameters for a `ResNet`.
 Source: Wang, Liang and He, ICLR 2024, section 4 and appendix.
 """
 
-from softinv_jax.client.networks.alexnet import AlexNet, AlexNetConvolutions
+from softinv_jax.client.networks.alexnet import AlexNet
 from softinv_jax.client.networks.fcn4 import FCN4
 from softinv_jax.client.networks.layers import PatchConvolution
 from softinv_jax.client.networks.lenet import LeNet
@@ -23,7 +23,6 @@ from softinv_jax.client.networks.resnet import ResNet, ResNet18, ResNet50
 __all__ = [
     "FCN4",
     "AlexNet",
-    "AlexNetConvolutions",
     "LeNet",
     "PatchConvolution",
     "ResNet",
