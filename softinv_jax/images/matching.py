@@ -1,7 +1,7 @@
 """Gradient matching: images found by making the gradient of a dummy example resemble the observed one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -173,17 +173,17 @@ def match_gradients(
     while done < settings.steps:
         count = min(CHUNK, settings.steps - done)
         descents, losses = _advance(descents, target, parameters, count, problem)
-        traces.append(np.asarray(losses)[:count])
+        traces.append(np.asarray(losses)[..., :count])
         done += count
         if progress is not None:
             progress(done, settings.steps)
     found = _finish(descents, target, parameters, problem)
-    trace = np.concatenate(traces)[:, np.arange(len(found.restart)), np.asarray(found.restart)]
-    return Matching(**{**vars(found), "loss_trace": jnp.asarray(trace.T)})
+    trace = np.concatenate(traces, axis=-1)[np.arange(len(found.restart)), np.asarray(found.restart)]
+    return replace(found, loss_trace=jnp.asarray(trace))
 
 
 # Over examples, each with its target, and over restarts, which share it. Bounds of pixels are shared by all.
-_EXAMPLES = Target(gradient=0, label=0, feature=0, low=None, high=None)
+_EXAMPLES: Any = Target(gradient=0, label=0, feature=0, low=None, high=None)  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnames="problem")
@@ -213,21 +213,21 @@ def _start(keys: jax.Array, target: Target, starts: jax.Array | None, problem: _
 def _advance(
     descents: Descent, target: Target, parameters: Any, count: jax.Array, problem: _Problem
 ) -> tuple[Descent, jax.Array]:
-    """`count` <= CHUNK steps of all; losses (CHUNK, N, R)."""
+    """`count` <= CHUNK steps of all; losses (N, R, CHUNK)."""
     optimiser = make_optimiser(problem.settings)
 
     def one(descent: Descent, target: Target) -> tuple[Descent, jax.Array]:
-        return descend(descent, target, problem.objective(target, parameters), optimiser)
+        loss_of = problem.objective(target, parameters)
 
-    all_of_them = jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(0, _EXAMPLES))
+        def step(index: jax.Array, state: tuple[Descent, jax.Array]) -> tuple[Descent, jax.Array]:
+            descent, losses = state
+            descent, loss = descend(descent, target, loss_of, optimiser)
+            return descent, losses.at[index].set(loss)
 
-    def step(index: jax.Array, state: tuple[Descent, jax.Array]) -> tuple[Descent, jax.Array]:
-        descents, losses = state
-        descents, loss = all_of_them(descents, target)
-        return descents, losses.at[index].set(loss)
+        losses = jnp.full((CHUNK,), jnp.nan, descent.best_loss.dtype)
+        return jax.lax.fori_loop(0, count, step, (descent, losses))
 
-    losses = jnp.full((CHUNK, *descents.best_loss.shape), jnp.nan, descents.best_loss.dtype)
-    return jax.lax.fori_loop(0, count, step, (descents, losses))
+    return jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(0, _EXAMPLES))(descents, target)
 
 
 @partial(jax.jit, static_argnames="problem")

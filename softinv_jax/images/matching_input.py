@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings, Target
 from softinv_jax.observation.head import check_finite
 
-__all__ = ["check_gradients", "check_matching_input", "output_shape"]
+__all__ = ["check_gradients", "check_matching_input", "checked_array", "output_shape"]
 
 
 def check_matching_input(
@@ -43,7 +43,7 @@ def check_matching_input(
             raise ValueError("labels are needed where they are held fixed; give them, or settings with optimise_label")
         label = jnp.zeros(label_shape, dtype)
     else:
-        label = _array("labels", labels, label_shape, dtype)
+        label = checked_array("labels", labels, label_shape, dtype)
     feature = None
     if settings.matches_feature:
         if features_fn is None or features is None:
@@ -52,7 +52,7 @@ def check_matching_input(
                 f"method={settings.method!r} matches the head's input, but {missing} is not given; use 'g'"
             )
         size = output_shape("features_fn", features_fn, parameters, image_shape[-3:], dtype)
-        feature = _array("features", features, (examples, *batch, *size), dtype)
+        feature = checked_array("features", features, (examples, *batch, *size), dtype)
     bounds = []
     for name, value in (("low", low), ("high", high)):
         bound = np.asarray(value)
@@ -61,7 +61,7 @@ def check_matching_input(
         bounds.append(np.broadcast_to(bound, image_shape[-1:]))
     if not np.all(bounds[0] < bounds[1]):
         raise ValueError(f"low must be below high in every channel, but low = {bounds[0]} and high = {bounds[1]}")
-    start = None if starts is None else _array("starts", starts, (examples, *image_shape), dtype)
+    start = None if starts is None else checked_array("starts", starts, (examples, *image_shape), dtype)
     gradient = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), gradients)
     return Target(gradient, label, feature, jnp.asarray(bounds[0], dtype), jnp.asarray(bounds[1], dtype)), start
 
@@ -72,7 +72,7 @@ def check_gradients(parameters: Any, gradients: Any) -> int:
     Raises:
       ValueError: another structure, a shape that does not fit, an entry that is not finite, or a gradient of zeros.
     """
-    expected, given = jax.tree.structure(parameters), jax.tree.structure(gradients)
+    expected, given = str(jax.tree.structure(parameters)), str(jax.tree.structure(gradients))
     if expected != given:
         raise ValueError(f"the gradient must have the structure of the parameters, {expected}, but it has {given}")
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
@@ -106,8 +106,9 @@ def output_shape(
     return shape
 
 
-def _array(name: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def checked_array(name: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A finite array of the expected shape in the given dtype, or a ValueError with its name."""
     if np.shape(value) != shape:
-        raise ValueError(f"{name} must have shape {shape}, with a leading axis of examples, not {np.shape(value)}")
+        raise ValueError(f"{name} must have shape {shape}, not {np.shape(value)}")
     check_finite(name, value)  # type: ignore[arg-type]
     return jnp.asarray(value, dtype)

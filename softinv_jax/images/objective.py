@@ -87,8 +87,8 @@ DEEP_LEAKAGE = MatchingSettings(
 class Target(NamedTuple):
     """What is matched, and what is known: all arrays of one observation.
 
-    gradient: pytree like the parameters. label: (C,) or (B, C). feature: (d,) or (B, d), or None. low, high: (channels,)
-    smallest and largest value of a pixel.
+    gradient: pytree like the parameters. label: (C,) or (B, C). feature: (d,) or (B, d), or None.
+    low, high: (channels,) smallest and largest value of a pixel.
     """
 
     gradient: Any
@@ -99,7 +99,7 @@ class Target(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What is optimised: image (H, W, channels) or (B, H, W, channels), and the label's logits like the label, or None."""
+    """What is optimised: an image (H, W, channels) or (B, H, W, channels), and logits like the label or None."""
 
     image: jax.Array
     label_logits: jax.Array | None
