@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from softinv_jax.convolution import convolve
+
 __all__ = ["HeadedNetwork", "PatchConvolution", "adaptive_average_pool", "check_images", "dense", "flatten"]
 
 
@@ -69,17 +71,8 @@ class PatchConvolution(nn.Module):
         """Map images (..., H, W, c) to (..., H', W', channels), H' = (H + 2 padding - size) // stride + 1."""
         kernel_shape = (self.size, self.size, images.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), kernel_shape)
-        border = [(0, 0)] * (images.ndim - 3) + [(self.padding, self.padding)] * 2 + [(0, 0)]
-        patches = jnp.pad(images, border)
-        # Columns first, then rows: the last axis runs over (row offset, column offset, channel).
-        for axis in (images.ndim - 2, images.ndim - 3):
-            last_start = patches.shape[axis] - self.size
-            shifted = [
-                jax.lax.slice_in_dim(patches, offset, offset + last_start + 1, self.stride, axis)
-                for offset in range(self.size)
-            ]
-            patches = jnp.concatenate(shifted, axis=-1)
-        product = jnp.matmul(patches, kernel.reshape(-1, self.channels), precision="highest")
+        padding = ((self.padding, self.padding), (self.padding, self.padding))
+        product = convolve(images, kernel, (self.stride, self.stride), padding)
         if not self.use_bias:
             return product
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
