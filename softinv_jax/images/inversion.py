@@ -1,0 +1,202 @@
+"""`invert`: from a model's parameters and the gradients clients sent to their images, each with a verdict."""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.batches.batch_recovery import recover_batch
+from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_chain
+from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
+from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
+from softinv_jax.labels.many import recover_many
+from softinv_jax.labels.verdicts import Verdict
+from softinv_jax.observation.head import Observation, check_finite, observe
+
+__all__ = ["invert"]
+
+GRAY_LEVELS = 255
+
+
+def invert(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    *,
+    batch_size: int = 1,
+    unknown_scale: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageRecovery:
+    """Recover labels and last-layer features from the head, and from these the images, layer by layer.
+
+    The label format is not told. `determinacy.count_equations` says beforehand whether the images are determined.
+
+    Args:
+      chain: the network, see `layer_chain`; also for other networks than the two there.
+      parameters: by layer, `kernel` and `bias` as flax linen names and shapes them.
+      gradients: the same names, each array with a leading axis of N gradients; float32 or float64.
+      image_shape: (H, W, channels).
+      batch_size: B examples behind each gradient, which is their mean.
+      unknown_scale: the gradients carry an unknown factor (learning rate, sign); for batch_size 1 only.
+      progress: called with (gradients done, N).
+
+    Returns:
+      An `ImageRecovery`.
+
+    Raises:
+      ValueError: naming the layer or option, where chain, parameters, gradients and image_shape do not fit each other,
+        or a gradient is not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, not {batch_size}")
+    if unknown_scale and batch_size > 1:
+        raise ValueError("unknown_scale needs batch_size 1")
+    counts = count_equations(chain, parameters, image_shape, batch_size)
+    total = _check_gradients(chain, parameters, gradients)
+    labels, features, label_verdict = _recover_heads(chain, parameters, gradients, batch_size, unknown_scale)
+    report = progress or (lambda done, total: None)
+    names = tuple(count.layer for count in counts)
+    found = label_verdict >= Verdict.AMBIGUOUS
+    complete = np.all(found, axis=1)
+    images = np.full((total, batch_size, *image_shape), np.nan, np.float32)
+    verdict = np.full((total, batch_size), ImageVerdict.NOT_FOUND, np.int32)
+    residual, expected = np.full(total, np.nan), np.full((total, batch_size), np.nan)
+    condition, misfit = np.full((total, len(names)), np.nan), np.full((total, len(names)), np.nan)
+    determined = all(count.determined for count in counts)
+
+    def one(index: int) -> tuple[ChainInversion, float]:
+        return _invert_one(chain, parameters, _pick(gradients, index), features[index], image_shape)
+
+    chosen = [int(index) for index in np.flatnonzero(complete)]
+    # Each inversion is a chain of small products that keeps one core busy.
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, max(len(chosen), 1))) as pool:
+        for done, (index, (inversion, distance)) in enumerate(zip(chosen, pool.map(one, chosen), strict=True)):
+            images[index], residual[index] = inversion.images, distance
+            condition[index], misfit[index] = inversion.condition, inversion.misfit
+            # Where the equations fit worse than their deviations say, these are too small.
+            excess = max(1.0, float(np.max(inversion.misfit, initial=0.0)))
+            error = excess * np.sqrt(np.mean(np.asarray(inversion.deviation) ** 2, axis=(1, 2, 3)))
+            expected[index] = error
+            roundoff = np.finfo(_dtype(gradients, chain)).eps
+            verdict[index] = [
+                _judge(determined, distance, one_error, image, roundoff)
+                for one_error, image in zip(error, images[index], strict=True)
+            ]
+            report(done + 1, total)
+    report(total, total)
+    return ImageRecovery(images, labels, features, label_verdict, verdict, residual, expected, condition, misfit, names)
+
+
+def _judge(determined: bool, distance: float, error: float, image: np.ndarray, roundoff: float) -> ImageVerdict:
+    if not determined or not np.all(np.isfinite(image)):
+        return ImageVerdict.UNDETERMINED
+    # Agreement in half of the digits of the gradient's dtype: no other image has that by accident.
+    if not distance <= np.sqrt(roundoff):
+        return ImageVerdict.INCONSISTENT
+    return ImageVerdict.EXACT if error <= np.ptp(image) / (2 * GRAY_LEVELS) else ImageVerdict.APPROXIMATE
+
+
+def _invert_one(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    features: np.ndarray,
+    image_shape: tuple[int, int, int],
+) -> tuple[ChainInversion, float]:
+    roundoff = float(np.finfo(_dtype(gradients, chain)).eps) / 2
+    with jax.enable_x64(True):
+        inversion = jax.device_get(
+            _compiled(
+                chain, parameters, gradients, jnp.asarray(features, jnp.float64), image_shape, unit_roundoff=roundoff
+            )
+        )
+        dtype = layer_parameters(parameters, chain[-1].name)["kernel"].dtype  # type: ignore[union-attr]
+        distance = gradient_distance(
+            chain,
+            parameters,
+            gradients,
+            jnp.asarray(inversion.images, dtype),
+            jnp.asarray(inversion.logit_gradient, dtype),
+        )
+        return inversion, float(distance)
+
+
+_compiled = partial(jax.jit, static_argnames=("chain", "image_shape", "unit_roundoff"))(invert_chain)
+
+
+def _kernel_layers(chain: Chain) -> list[str]:
+    return [layer.name for layer in chain if isinstance(layer, Convolution | Dense)]
+
+
+def _dtype(gradients: Mapping[str, Any], chain: Chain) -> np.dtype:
+    return np.dtype(layer_parameters(gradients, _kernel_layers(chain)[-1])["kernel"].dtype)
+
+
+def _pick(gradients: Mapping[str, Any], index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], gradients)
+
+
+def _check_gradients(chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, Any]) -> int:
+    """The number of gradients, N."""
+    total = 0
+    for name in _kernel_layers(chain):
+        held = layer_parameters(parameters, name)
+        try:
+            given = layer_parameters(gradients, name)
+        except ValueError as error:
+            raise ValueError(f"gradients: {error}") from error
+        for part, array in given.items():
+            expected = tuple(held[part].shape) if part in held else None
+            shape = tuple(array.shape)
+            if expected is None or shape[1:] != expected or not shape or shape[0] < 1:
+                raise ValueError(
+                    f"gradients of {name}/{part} have shape {shape}, but (N, *{expected}) is needed, as the parameters'"
+                )
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(f"gradients of {name}/{part} must be floating, not {array.dtype}")
+            total = total or shape[0]
+            if shape[0] != total:
+                raise ValueError(
+                    f"gradients of {name}/{part} are {shape[0]}, but others are {total}; give one an example"
+                )
+            check_finite(f"gradients of {name}/{part}", array)
+    return total
+
+
+def _recover_heads(
+    chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, Any], batch_size: int, unknown_scale: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N, B, C), features (N, B, d) and verdicts (N, B) from the head's gradients."""
+    name = _kernel_layers(chain)[-1]
+    held, given = layer_parameters(parameters, name), layer_parameters(gradients, name)
+    observation = observe(
+        np.asarray(held["kernel"]).T,
+        np.ascontiguousarray(np.swapaxes(np.asarray(given["kernel"]), 1, 2)),
+        held.get("bias"),
+        given.get("bias"),
+    )
+    if batch_size == 1:
+        result = recover_many(observation, unknown_scale=unknown_scale)
+        return (
+            np.asarray(result.label)[:, None],
+            np.asarray(result.feature)[:, None],
+            np.asarray(result.verdict)[:, None],
+        )
+    recoveries = [recover_batch(_one(observation, index), batch_size) for index in range(len(given["kernel"]))]
+    return (
+        np.stack([one.label for one in recoveries]),
+        np.stack([one.feature for one in recoveries]),
+        np.stack([one.verdict for one in recoveries]),
+    )
+
+
+def _one(observation: Observation, index: int) -> Observation:
+    bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
+    return Observation(observation.weight, observation.weight_gradient[index], observation.bias, bias_gradient)

@@ -1,0 +1,229 @@
+"""A network as data: a chain of convolutions, dense layers, activations and a flattening, ending in the dense head.
+
+What can be inverted layer by layer is described here, not programmed for one network. Parameters are those of flax
+linen: `kernel` (height, width, channels in, channels out) or (d, C), and perhaps `bias`, under the layer's name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from softinv_jax.convolution import Padding, convolve, output_size
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "ActivationFunction",
+    "Chain",
+    "Convolution",
+    "Dense",
+    "Flatten",
+    "Layer",
+    "apply_chain",
+    "chain_inputs",
+    "check_chain",
+    "fcn_chain",
+    "layer_parameters",
+    "lenet_chain",
+]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A two-dimensional convolution of the parameters `name`.
+
+    Attributes:
+      strides: (rows, columns). padding: zeros ((above, below), (left, right)).
+    """
+
+    name: str
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = ((0, 0), (0, 0))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense layer of the parameters `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An entrywise function, one of `ACTIVATIONS`."""
+
+    function: str
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """From (H, W, channels) to a vector, in the order row, column, channel."""
+
+
+Layer = Convolution | Dense | Activation | Flatten
+Chain = tuple[Layer, ...]
+
+
+class ActivationFunction(NamedTuple):
+    """An increasing function, and its inverse on what it can be.
+
+    Attributes:
+      apply: the function. invert: its inverse. low, high: infimum and supremum of its values.
+      one_to_one: False where all inputs from zero down give the value zero: that value says no more than so.
+    """
+
+    apply: Callable[[jax.Array], jax.Array]
+    invert: Callable[[jax.Array], jax.Array]
+    low: float
+    high: float
+    one_to_one: bool = True
+
+
+def _identity(values: jax.Array) -> jax.Array:
+    return values
+
+
+ACTIVATIONS: dict[str, ActivationFunction] = {
+    "identity": ActivationFunction(_identity, _identity, -jnp.inf, jnp.inf),
+    "sigmoid": ActivationFunction(jax.nn.sigmoid, jax.scipy.special.logit, 0.0, 1.0),
+    "tanh": ActivationFunction(jnp.tanh, jnp.arctanh, -1.0, 1.0),
+    "softplus": ActivationFunction(jax.nn.softplus, lambda a: a + jnp.log(-jnp.expm1(-a)), 0.0, jnp.inf),
+    "elu": ActivationFunction(jax.nn.elu, lambda a: jnp.where(a > 0, a, jnp.log1p(jnp.minimum(a, 0.0))), -1.0, jnp.inf),
+    "leaky_relu": ActivationFunction(
+        jax.nn.leaky_relu, lambda a: jnp.where(a > 0, a, a / 0.01), -jnp.inf, jnp.inf
+    ),  # flax's and PyTorch's default slope, 0.01
+    "relu": ActivationFunction(jax.nn.relu, _identity, 0.0, jnp.inf, one_to_one=False),
+}
+
+
+def lenet_chain() -> Chain:
+    """The paper's LeNet (Wang, Liang and He, ICLR 2024): three 5x5 convolutions, sigmoid after each, and the head."""
+    padding = ((2, 2), (2, 2))
+    layers: list[Layer] = []
+    for name, stride in (("conv1", 2), ("conv2", 2), ("conv3", 1)):
+        layers += [Convolution(name, (stride, stride), padding), Activation("sigmoid")]
+    return (*layers, Flatten(), Dense("head"))
+
+
+def fcn_chain(hidden: int = 3, activation: str = "relu") -> Chain:
+    """A fully connected network: layers dense1, dense2, ..., as many as `hidden`, and the head. FCN-4 has three."""
+    layers: list[Layer] = [Flatten()]
+    for index in range(hidden):
+        layers += [Dense(f"dense{index + 1}"), Activation(activation)]
+    return (*layers, Dense("head"))
+
+
+def layer_parameters(parameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The mapping with `kernel` (and `bias`) under a name whose parts are joined by "/".
+
+    Raises:
+      ValueError: if there is none; the message lists what there is.
+    """
+    found: Any = parameters
+    for part in name.split("/"):
+        if not isinstance(found, Mapping) or part not in found:
+            held = ", ".join(map(str, parameters)) or "nothing"
+            raise ValueError(f"no layer {name!r} among the parameters, which hold {held}; name the chain's layers so")
+        found = found[part]
+    if not isinstance(found, Mapping) or "kernel" not in found:
+        raise ValueError(
+            f"layer {name!r} of the parameters has no 'kernel'; a chain's layers are convolutions and dense"
+        )
+    return found
+
+
+def apply_chain(chain: Chain, parameters: Mapping[str, Any], image: ArrayLike) -> jax.Array:
+    """The network: (parameters, image (H, W, channels) or (..., H, W, channels)) -> logits (..., C).
+
+    Pure; `functools.partial(apply_chain, chain)` is an `apply_fn(parameters, image)`.
+    """
+    values = jnp.asarray(image)
+    for layer in chain:
+        values = _apply_layer(layer, parameters, values)
+    return values
+
+
+def _apply_layer(layer: Layer, parameters: Mapping[str, Any], values: jax.Array) -> jax.Array:
+    if isinstance(layer, Flatten):
+        return values.reshape((*values.shape[:-3], -1))
+    if isinstance(layer, Activation):
+        return ACTIVATIONS[layer.function].apply(values)
+    held = layer_parameters(parameters, layer.name)
+    kernel = jnp.asarray(held["kernel"])
+    if isinstance(layer, Convolution):
+        result = convolve(values, kernel, layer.strides, layer.padding)
+    else:
+        result = jnp.matmul(values, kernel, precision="highest")
+    if "bias" not in held:
+        return result
+    return result + jnp.asarray(held["bias"]).reshape((1,) * (result.ndim - 1) + (-1,))
+
+
+def chain_inputs(
+    chain: Chain, parameters: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> list[tuple[int, ...]]:
+    """Shape of what enters each layer, and, last, of the logits; checks that everything fits.
+
+    Raises:
+      ValueError: naming the layer, and the shapes that do not fit.
+    """
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape must be (H, W, channels), not {image_shape}")
+    check_chain(chain)
+    shapes: list[tuple[int, ...]] = [tuple(image_shape)]
+    for layer in chain:
+        shape = shapes[-1]
+        if isinstance(layer, Flatten):
+            shape = (shape[0] * shape[1] * shape[2],)
+        elif isinstance(layer, Dense | Convolution):
+            shape = _output_shape(layer, layer_parameters(parameters, layer.name), shape)
+        shapes.append(shape)
+    return shapes
+
+
+def _output_shape(layer: Dense | Convolution, held: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    kernel = tuple(held["kernel"].shape)
+    dimensions = 2 if isinstance(layer, Dense) else 4
+    if len(kernel) != dimensions or kernel[-2] != shape[-1]:
+        form = "(inputs, outputs)" if isinstance(layer, Dense) else "(height, width, channels in, channels out)"
+        raise ValueError(
+            f"layer {layer.name!r} has a kernel {kernel}, but a {form} with {shape[-1]} inputs is needed after what"
+            f" comes before it, of shape {shape}; check image_shape and the chain"
+        )
+    if "bias" in held and tuple(held["bias"].shape) != kernel[-1:]:
+        raise ValueError(f"layer {layer.name!r} has a bias {tuple(held['bias'].shape)}, but {kernel[-1:]} is needed")
+    if isinstance(layer, Dense):
+        return kernel[-1:]
+    sizes = tuple(output_size(shape[axis], kernel[axis], layer.strides[axis], layer.padding[axis]) for axis in range(2))
+    if min(sizes) < 1:
+        raise ValueError(f"the kernel {kernel} of layer {layer.name!r} does not fit into its input {shape}")
+    return (*sizes, kernel[-1])
+
+
+def check_chain(chain: Chain) -> None:
+    """Raise ValueError unless the layers can follow each other: images first, vectors from one `Flatten` on."""
+    if not chain or not isinstance(chain[-1], Dense):
+        raise ValueError("the last layer of a chain must be the Dense head")
+    flat = False
+    for layer in chain:
+        if isinstance(layer, Flatten):
+            if flat:
+                raise ValueError("a chain has one Flatten")
+            flat = True
+        elif isinstance(layer, Activation):
+            if layer.function not in ACTIVATIONS:
+                raise ValueError(f"unknown activation {layer.function!r}; choose one of {', '.join(ACTIVATIONS)}")
+        elif isinstance(layer, Dense):
+            if not flat:
+                raise ValueError(f"Dense layer {layer.name!r} comes before Flatten")
+        elif flat:
+            raise ValueError(f"Convolution {layer.name!r} comes after Flatten")
+        elif min(layer.strides) < 1 or min(min(side) for side in layer.padding) < 0:
+            raise ValueError(
+                f"Convolution {layer.name!r} has strides {layer.strides} and padding {layer.padding}; strides are"
+                " positive, padding is not negative"
+            )

@@ -1,0 +1,176 @@
+"""One convolution's input from its output and its gradient: linear equations, weighted by how exactly each is known.
+
+The input a of a convolution with kernel K and bias b solves, for output z and delta = dL/dz,
+
+    conv(a, K) + b = z        (forward)        sum over examples and positions of delta * a = dL/dK   (gradient)
+
+(R-GAP's recursion, Zhu and Blaschko, ICLR 2021). Both are linear in a and share the patches of a, so that neither
+matrix is ever formed. Equations are divided by the standard deviations of their right-hand sides, unknowns scaled so
+that every column of the matrix has length one.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax
+
+from softinv_jax.convolution import Padding, extract_patches
+
+__all__ = ["ConvolutionEquations", "Geometry", "LayerSolution", "equations_of", "solve_layer", "sum_patches"]
+
+# The solver stops where what is left to correct is this far below what the noise adds.
+BELOW_NOISE = 1e-3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ConvolutionEquations:
+    """The equations of one convolution for B examples behind one gradient; P positions, T = kernel height * width * c.
+
+    Attributes:
+      kernel: (T, c'). delta: (B, P, c').
+      forward_weight: (B, P, c') one over the deviation of z, zero where z is unknown. gradient_weight: (T, c').
+      scale: (B, H, W, c) of the unknowns; zero where no equation has them.
+      forward: (B, P, c') z - b and gradient: (T, c') dL/dK, the right-hand sides, not weighted.
+    """
+
+    kernel: jax.Array
+    delta: jax.Array
+    forward_weight: jax.Array
+    gradient_weight: jax.Array
+    scale: jax.Array
+    forward: jax.Array
+    gradient: jax.Array
+
+
+class LayerSolution(NamedTuple):
+    """What a layer's equations say of its input.
+
+    value: (B, H, W, c). deviation: (B, H, W, c), standard deviation of its entries; zero where it rests on nothing.
+    condition: () ratio of the largest to the smallest singular value met (of the scaled, weighted equations).
+    misfit: () root mean square residual in standard deviations. steps: () int32 of the solver. converged: () bool.
+    """
+
+    value: jax.Array
+    deviation: jax.Array
+    condition: jax.Array
+    misfit: jax.Array
+    steps: jax.Array
+    converged: jax.Array
+
+
+class Geometry(NamedTuple):
+    """Static: how a kernel meets its input."""
+
+    input_shape: tuple[int, int, int]
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int]
+    padding: Padding
+
+
+def _patches(values: jax.Array, geometry: Geometry) -> jax.Array:
+    """(B, H, W, c) -> (B, P, T)."""
+    patches = extract_patches(values, geometry.kernel_size, geometry.strides, geometry.padding)
+    return patches.reshape(patches.shape[0], -1, patches.shape[-1])
+
+
+def sum_patches(patches: jax.Array, geometry: Geometry) -> jax.Array:
+    """(B, P, T) -> (B, H, W, c), the transpose of `_patches`."""
+    like = jax.ShapeDtypeStruct((patches.shape[0], *geometry.input_shape), patches.dtype)
+    (values,) = jax.linear_transpose(lambda image: _patches(image, geometry), like)(patches)
+    return values
+
+
+def equations_of(
+    kernel: jax.Array,
+    delta: jax.Array,
+    forward: jax.Array,
+    forward_deviation: jax.Array,
+    gradient: jax.Array,
+    gradient_deviation: jax.Array,
+    geometry: Geometry,
+) -> ConvolutionEquations:
+    """Weigh and scale.
+
+    Args:
+      kernel: (height, width, c, c'). delta, forward, forward_deviation: (B, H', W', c'), see the module; a deviation
+        may be infinite. gradient, gradient_deviation: as kernel.
+    """
+    examples, channels = delta.shape[0], kernel.shape[-1]
+    flat = kernel.reshape(-1, channels)
+    delta, forward, forward_deviation = (
+        array.reshape(examples, -1, channels) for array in (delta, forward, forward_deviation)
+    )
+    forward_weight = 1 / forward_deviation
+    gradient_weight = 1 / gradient_deviation.reshape(-1, channels)
+    square = jnp.matmul(forward_weight**2, (flat**2).T) + jnp.matmul(delta**2, (gradient_weight**2).T)
+    column = sum_patches(square, geometry)
+    scale = jnp.where(column > 0, jax.lax.rsqrt(jnp.where(column > 0, column, 1.0)), 0.0)
+    known = jnp.isfinite(forward_deviation)
+    return ConvolutionEquations(
+        kernel=flat,
+        delta=delta,
+        forward_weight=forward_weight,
+        gradient_weight=gradient_weight,
+        scale=scale,
+        forward=jnp.where(known, forward, 0.0),
+        gradient=gradient.reshape(-1, channels),
+    )
+
+
+def _apply(equations: ConvolutionEquations, unknown: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """The weighted left-hand sides for scaled unknowns."""
+    patches = _patches(unknown * equations.scale, geometry)
+    forward = jnp.matmul(patches, equations.kernel) * equations.forward_weight
+    gradient = jnp.einsum("bpt,bpc->tc", patches, equations.delta) * equations.gradient_weight
+    return forward, gradient
+
+
+def solve_layer(
+    equations: ConvolutionEquations,
+    centre: jax.Array,
+    noise: tuple[jax.Array, jax.Array],
+    geometry: Geometry,
+    steps: int,
+) -> LayerSolution:
+    """Least squares by LSMR, for the observation and for draws of its noise, which show how far it moves the solution.
+
+    Args:
+      equations: from `equations_of`.
+      centre: (B, H, W, c) what the input is taken to be where nothing is known of it.
+      noise: standard normal draws in the form of the weighted right-hand sides, with a leading axis of draws.
+      geometry, steps: static; at most so many steps.
+    """
+    operator = lineax.FunctionLinearOperator(
+        lambda unknown: _apply(equations, unknown, geometry), jax.eval_shape(lambda: equations.scale)
+    )
+    size = equations.scale.size
+    # With columns of length one the solution's own noise is A^T e, of length sqrt(size): stop far below it.
+    solver = lineax.LSMR(rtol=0.0, atol=BELOW_NOISE * size**0.5, max_steps=steps, conlim=1e15)
+
+    def solve(right: tuple[jax.Array, jax.Array]) -> lineax.Solution:
+        return lineax.linear_solve(operator, right, solver, throw=False)
+
+    unweighted = (
+        jnp.matmul(_patches(centre, geometry), equations.kernel),
+        jnp.einsum("bpt,bpc->tc", _patches(centre, geometry), equations.delta),
+    )
+    observed = (
+        (equations.forward - unweighted[0]) * equations.forward_weight,
+        (equations.gradient - unweighted[1]) * equations.gradient_weight,
+    )
+    solution = solve(observed)
+    draws = jax.lax.map(lambda right: solve(right).value, noise)
+    count = jnp.sum(equations.forward_weight > 0) + equations.gradient_weight.size
+    freedom = jnp.maximum(count - jnp.sum(equations.scale > 0), 1)
+    residual = solution.stats["norm_r"]
+    return LayerSolution(
+        value=centre + equations.scale * solution.value,
+        deviation=equations.scale * jnp.sqrt(jnp.mean(draws**2, axis=0)),
+        condition=solution.stats["cond_A"],
+        misfit=residual / jnp.sqrt(freedom),
+        steps=jnp.asarray(solution.stats["num_steps"], jnp.int32),
+        converged=solution.result == lineax.RESULTS.successful,
+    )
