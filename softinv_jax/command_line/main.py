@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from softinv_jax.command_line import demo, recover
+from softinv_jax.command_line import demo, invert, recover
 from softinv_jax.command_line.console import InputError
 
 __all__ = ["main"]
@@ -22,12 +22,14 @@ What a client's gradient gives away in federated learning.
 
 The gradient of a model's last dense layer is (softmax(W x + b) - y) x^T. From it and W alone softinv computes the
 client's soft label y and last-layer feature x, and says how sure that is: unique, ambiguous (candidates are listed),
-unidentifiable (many labels explain the gradient) or no_signal."""
+unidentifiable (many labels explain the gradient) or no_signal. From the gradient of the whole model it goes on to the
+client's images."""
 
 _EPILOG = """\
 examples:
   softinv demo                                    attack a small network on real photographs, about a minute
   softinv recover seen.npz --out recovered.npz    what one or many gradients of yours give away
+  softinv invert --model lenet --parameters model.npz --gradients seen.npz --out images.npz --figure images.png
 
 exit codes: 0 done, 2 the input or an option is at fault (one line on stderr says what), 130 interrupted"""
 
@@ -54,9 +56,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=_versions())
-    commands = parser.add_subparsers(dest="command", metavar="{demo,recover}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{demo,recover,invert}", required=True)
     demo.add_parser(commands)
     recover.add_parser(commands)
+    invert.add_parser(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`invert`: from a model's parameters and the gradients clients sent to their images, each with a verdict."""
+"""From a model's parameters and the gradients clients sent to their images, each with a verdict."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -14,12 +14,14 @@ from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_chain
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
+from softinv_jax.images.matching import match_gradients
+from softinv_jax.images.objective import ApplyFunction, MatchingSettings
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
 from softinv_jax.labels.many import recover_many
 from softinv_jax.labels.verdicts import Verdict
-from softinv_jax.observation.head import Observation, check_finite, observe
+from softinv_jax.observation.head import Observation, check_finite, observe, observe_head
 
-__all__ = ["invert"]
+__all__ = ["invert", "match"]
 
 GRAY_LEVELS = 255
 
@@ -60,7 +62,7 @@ def invert(
         raise ValueError("unknown_scale needs batch_size 1")
     counts = count_equations(chain, parameters, image_shape, batch_size)
     total = _check_gradients(chain, parameters, gradients)
-    labels, features, label_verdict = _recover_heads(chain, parameters, gradients, batch_size, unknown_scale)
+    labels, features, label_verdict = _recover_heads(_head(chain, parameters, gradients), batch_size, unknown_scale)
     report = progress or (lambda done, total: None)
     names = tuple(count.layer for count in counts)
     found = label_verdict >= Verdict.AMBIGUOUS
@@ -170,18 +172,21 @@ def _check_gradients(chain: Chain, parameters: Mapping[str, Any], gradients: Map
     return total
 
 
-def _recover_heads(
-    chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, Any], batch_size: int, unknown_scale: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels (N, B, C), features (N, B, d) and verdicts (N, B) from the head's gradients."""
+def _head(chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, Any]) -> Observation:
     name = _kernel_layers(chain)[-1]
     held, given = layer_parameters(parameters, name), layer_parameters(gradients, name)
-    observation = observe(
+    return observe(
         np.asarray(held["kernel"]).T,
         np.ascontiguousarray(np.swapaxes(np.asarray(given["kernel"]), 1, 2)),
         held.get("bias"),
         given.get("bias"),
     )
+
+
+def _recover_heads(
+    observation: Observation, batch_size: int, unknown_scale: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N, B, C), features (N, B, d) and verdicts (N, B) from the head's gradients."""
     if batch_size == 1:
         result = recover_many(observation, unknown_scale=unknown_scale)
         return (
@@ -189,7 +194,9 @@ def _recover_heads(
             np.asarray(result.feature)[:, None],
             np.asarray(result.verdict)[:, None],
         )
-    recoveries = [recover_batch(_one(observation, index), batch_size) for index in range(len(given["kernel"]))]
+    recoveries = [
+        recover_batch(_one(observation, index), batch_size) for index in range(len(observation.weight_gradient))
+    ]
     return (
         np.stack([one.label for one in recoveries]),
         np.stack([one.feature for one in recoveries]),
@@ -200,3 +207,59 @@ def _recover_heads(
 def _one(observation: Observation, index: int) -> Observation:
     bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
     return Observation(observation.weight, observation.weight_gradient[index], observation.bias, bias_gradient)
+
+
+def match(
+    apply_fn: ApplyFunction,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    *,
+    batch_size: int = 1,
+    settings: MatchingSettings | None = None,
+    restarts: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageRecovery:
+    """Recover labels from the head, and match the gradient with them: for networks that are no chain of layers.
+
+    Args:
+      apply_fn: (parameters, image (H, W, channels)) -> logits (C,).
+      parameters, gradients, image_shape, batch_size, progress: as in `invert`; the head is found by shape and name.
+      settings, restarts: see `matching.match_gradients`.
+      seed: of the noise the restarts begin with.
+
+    Returns:
+      An `ImageRecovery`; the expected error of a matched image is not known: NaN.
+
+    Raises:
+      ValueError: as `invert`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, not {batch_size}")
+    labels, features, label_verdict = _recover_heads(observe_head(parameters, gradients), batch_size, False)
+    total = len(labels)
+    images = np.full((total, batch_size, *image_shape), np.nan, np.float32)
+    verdict = np.full((total, batch_size), ImageVerdict.NOT_FOUND, np.int32)
+    residual = np.full(total, np.nan)
+    chosen = np.flatnonzero(np.all(label_verdict >= Verdict.AMBIGUOUS, axis=1))
+    if chosen.size:
+        found = match_gradients(
+            apply_fn,
+            parameters,
+            jax.tree.map(lambda leaf: leaf[chosen], gradients),
+            image_shape if batch_size == 1 else (batch_size, *image_shape),
+            jax.random.key(seed),
+            labels=labels[chosen, 0] if batch_size == 1 else labels[chosen],
+            settings=settings,
+            restarts=restarts,
+            progress=progress,
+        )
+        images[chosen] = np.asarray(found.image).reshape(chosen.size, batch_size, *image_shape)
+        residual[chosen] = np.asarray(found.gradient_residual)
+        agrees = residual[chosen] <= np.sqrt(np.finfo(labels.dtype).eps)
+        outcome = np.where(agrees, ImageVerdict.APPROXIMATE, ImageVerdict.INCONSISTENT)
+        verdict[chosen] = outcome[:, None]
+    unknown = np.full((total, batch_size), np.nan)
+    empty = np.empty((total, 0))
+    return ImageRecovery(images, labels, features, label_verdict, verdict, residual, unknown, empty, empty, ())

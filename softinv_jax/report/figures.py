@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["LabelExample", "Landscape", "labels_figure", "landscape_figure"]
+__all__ = ["GRAY", "LabelExample", "Landscape", "empty_figure", "labels_figure", "landscape_figure"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -58,7 +58,7 @@ class LabelExample:
 
 def landscape_figure(landscape: Landscape) -> Figure:
     """The loss over the scalar, whole and close to the recovered one."""
-    figure = _figure(12.0, 5.6)
+    figure = empty_figure(12.0, 5.6)
     wide, near = figure.subplots(1, 2)
     styles = dict(zip(landscape.wide_losses, (BLUE, GREEN), strict=False))
     for name, losses in landscape.wide_losses.items():
@@ -101,7 +101,7 @@ def labels_figure(examples: Sequence[LabelExample], class_names: Sequence[str], 
     """
     columns = 2 if len(examples) > 1 else 1
     rows = math.ceil((len(examples) + 1) / columns)
-    figure = _figure(7.2 * columns, 2.75 * rows + 0.5)
+    figure = empty_figure(7.2 * columns, 2.75 * rows + 0.5)
     grid = figure.subplots(rows, 2 * columns, width_ratios=[1.0, 2.6] * columns, squeeze=False)
     panels = [(row[2 * place], row[2 * place + 1]) for row in grid for place in range(columns)]
     for (picture, bars), example in zip(panels, examples, strict=False):
@@ -150,7 +150,8 @@ def _draw_legend(axes: Axes) -> None:
     axes.legend(handles=handles, loc="center left", frameon=False, fontsize=12, borderaxespad=0)
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of its own, inches."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -1,0 +1,204 @@
+"""`softinv invert`: from a model's PARAMETERS.npz and GRADIENTS.npz to the clients' images."""
+
+import argparse
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from softinv_jax.command_line.console import InputError, Report, person_console, progress_report, result_console
+
+if TYPE_CHECKING:
+    from softinv_jax.command_line.model_files import Tree
+    from softinv_jax.command_line.models import Model
+    from softinv_jax.images.verdicts import ImageRecovery
+
+__all__ = ["add_parser", "run"]
+
+# The parser must not load flax; that these are the names of `models.MODELS` is tested.
+MODEL_NAMES = ("lenet", "fcn4", "alexnet", "resnet18", "resnet18-cifar", "resnet50")
+
+_DESCRIPTION = """\
+Recover the images behind gradients of a whole model, and the labels with them; the label format is not told.
+
+PARAMETERS.npz and GRADIENTS.npz hold arrays named as flax linen does, parts joined by "/": conv1/kernel (height,
+width, channels in, channels out), conv1/bias, head/kernel (d, C). Gradients have the same names and shapes, with a
+leading axis N for several. Running statistics of batch normalisation are parameters under batch_stats/.
+
+exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4): no iteration over images,
+          usually exact to well below a gray level; says so where it is not
+matching  makes the gradient of a dummy image resemble the one observed: any network, slow, approximate
+auto      exact where the network is a chain and its layers are determined, else matching
+
+IMAGES.npz holds, for M = N * B images (the B of one gradient together; NaN where nothing is recovered),
+  images (M, H, W, channels) on the scale of the model's input, labels (M, C), residual (M,) relative distance between
+  the gradient of the images and the one observed, expected_error (M,) root mean square, on the images' scale
+  verdict (M,)  exact, approximate, inconsistent, undetermined or not_found; label_verdict (M,) as of softinv recover"""
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    """Add the subcommand to the parser."""
+    parser = commands.add_parser(
+        "invert",
+        help="recover images from gradients of a whole model",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, choices=MODEL_NAMES, help="the network")
+    parser.add_argument("--parameters", required=True, metavar="PARAMETERS.npz", help="the model the client was sent")
+    parser.add_argument("--gradients", required=True, metavar="GRADIENTS.npz", help="what clients sent back")
+    parser.add_argument("--out", required=True, metavar="IMAGES.npz", help="where to write the result")
+    parser.add_argument("--method", choices=("exact", "matching", "auto"), default="auto", help="see above (auto)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="examples behind each gradient (1)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="side of the square images (the network's usual)"
+    )
+    parser.add_argument("--channels", type=int, default=3, help="of the images (3)")
+    parser.add_argument(
+        "--unknown-scale", action="store_true", help="the gradients carry an unknown factor; for B = 1 and exact"
+    )
+    parser.add_argument("--steps", type=int, default=4800, metavar="N", help="of matching (4800)")
+    parser.add_argument("--restarts", type=int, default=1, metavar="N", help="of matching, from other noise (1)")
+    parser.add_argument("--figure", metavar="FILE.png", help="draw the images")
+    parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the subcommand.
+
+    Raises:
+      InputError: for anything the user can put right; nothing has then been written.
+    """
+    for option in ("batch_size", "channels", "steps", "restarts", "image_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} {value}: give 1 or more")
+    from softinv_jax.command_line import model_files, models, recovery_file  # noqa: PLC0415 - load jax
+
+    model = models.MODELS[arguments.model]
+    if arguments.method == "exact" and model.chain is None:
+        chains = ", ".join(name for name, other in models.MODELS.items() if other.chain is not None)
+        raise InputError(f"--method exact needs a chain of layers ({chains}); use --method matching")
+    outputs = [path for path in (arguments.out, arguments.figure) if path is not None]
+    for path in outputs:
+        recovery_file.check_writable(path)
+        if os.path.realpath(path) in map(os.path.realpath, (arguments.parameters, arguments.gradients)):
+            raise InputError(f"{path}: would overwrite an input; choose another name")
+    parameters, statistics = model_files.read_parameters(arguments.parameters)
+    gradients = model_files.read_gradients(arguments.gradients, parameters, arguments.parameters)
+    size = arguments.image_size or model.image_size
+    shape = (size, size, arguments.channels)
+
+    start = time.perf_counter()
+    with progress_report() as report:
+        try:
+            method, result = _recover(arguments, model, parameters, statistics, gradients, shape, report)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    seconds = time.perf_counter() - start
+    arrays = _arrays(result)
+    recovery_file.write_npz(arguments.out, arrays)
+    if arguments.figure is not None:
+        from softinv_jax.report.image_figures import recovered_images_figure  # noqa: PLC0415
+
+        figure = recovered_images_figure(arrays["images"], arrays["verdict"].tolist())
+        recovery_file.write_atomically(arguments.figure, lambda file: figure.savefig(file, format="png"))
+    summary = _summary(arguments, method, arrays, seconds)
+    if arguments.json:
+        print(json.dumps(summary, allow_nan=False, indent=1))
+    console = person_console() if arguments.json else result_console()
+    counts = ", ".join(f"{count} {name}" for name, count in summary["verdicts"].items() if count)
+    console.print(f"{len(arrays['images'])} images by {method}: {counts}.", markup=False)
+    console.print(f"Everything is in {' and '.join(outputs)}.", markup=False, soft_wrap=True)
+
+
+def _recover(
+    arguments: argparse.Namespace,
+    model: "Model",
+    parameters: "Tree",
+    statistics: "Tree",
+    gradients: "Tree",
+    shape: tuple[int, int, int],
+    report: Report,
+) -> "tuple[str, ImageRecovery]":
+    from softinv_jax.images.determinacy import count_equations  # noqa: PLC0415
+    from softinv_jax.images.inversion import invert, match  # noqa: PLC0415
+
+    if model.chain is not None and arguments.method != "matching":
+        counts = count_equations(model.chain, parameters, shape, arguments.batch_size)
+        if arguments.method == "exact" or all(count.determined for count in counts):
+            result = invert(
+                model.chain,
+                parameters,
+                gradients,
+                shape,
+                batch_size=arguments.batch_size,
+                unknown_scale=arguments.unknown_scale,
+                progress=lambda done, total: report(done, total, "inverting layer by layer"),
+            )
+            return "exact", result
+    if arguments.unknown_scale:
+        raise ValueError("--unknown-scale needs --method exact: matching compares gradients with their scale")
+    from softinv_jax.client.networks import apply_function  # noqa: PLC0415
+    from softinv_jax.images.objective import MatchingSettings  # noqa: PLC0415
+
+    head = parameters.get("head", {})
+    kernel = head.get("kernel") if isinstance(head, dict) else None
+    if not isinstance(kernel, np.ndarray) or kernel.ndim != 2:
+        raise ValueError("the parameters have no head/kernel (d, C)")
+    network = model.network(kernel.shape[1], head_bias="bias" in head)
+    result = match(
+        apply_function(network, statistics),
+        parameters,
+        gradients,
+        shape,
+        batch_size=arguments.batch_size,
+        settings=MatchingSettings(steps=arguments.steps),
+        restarts=arguments.restarts,
+        progress=lambda done, total: report(done, total, "matching gradients"),
+    )
+    return "matching", result
+
+
+def _arrays(result: "ImageRecovery") -> dict[str, np.ndarray]:
+    """IMAGES.npz: one row an image."""
+    from softinv_jax.images.verdicts import image_verdict_names  # noqa: PLC0415
+    from softinv_jax.labels.verdicts import verdict_names  # noqa: PLC0415
+
+    examples = result.verdict.shape[1]
+    rows = {
+        "images": result.images,
+        "labels": result.labels,
+        "features": result.features,
+        "verdict": image_verdict_names(result.verdict),
+        "label_verdict": verdict_names(result.label_verdict),
+        "expected_error": result.expected_error,
+    }
+    arrays = {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
+    # Of all images of a gradient together.
+    return arrays | {"residual": np.repeat(result.residual, examples)}
+
+
+def _summary(
+    arguments: argparse.Namespace, method: str, arrays: dict[str, np.ndarray], seconds: float
+) -> dict[str, Any]:
+    from softinv_jax.images.verdicts import ImageVerdict  # noqa: PLC0415
+
+    names = [verdict.name.lower() for verdict in reversed(ImageVerdict)]
+    residual = arrays["residual"][np.isfinite(arrays["residual"])]
+    return {
+        "model": arguments.model,
+        "parameters": arguments.parameters,
+        "gradients": arguments.gradients,
+        "out": arguments.out,
+        "method": method,
+        "batch_size": arguments.batch_size,
+        "images": len(arrays["images"]),
+        "verdicts": {name: int(np.sum(arrays["verdict"] == name)) for name in names},
+        "largest_residual": float(residual.max()) if residual.size else None,
+        "seconds": round(seconds, 3),
+    }
