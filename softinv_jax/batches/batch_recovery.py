@@ -191,7 +191,7 @@ def _finish(
         misfit=misfit,
         rank=rank,
         singular_values=singular_values,
-        noise=float(subspace.noise),
+        noise=np.asarray(subspace.noise),
         joint_misfit=math.nan if joint is None else float(joint.misfit),
         joint_surprise=joint_surprise,
         residual=float(residual),

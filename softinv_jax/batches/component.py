@@ -20,14 +20,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["ITERATIONS", "TARGETS", "Component", "logit_error", "solve_components", "strongest_residual"]
+__all__ = ["ITERATIONS", "TARGETS", "Component", "prediction_error", "solve_components", "starting_weights", "strongest_residual"]
 
 TARGETS = 2  # Classes a label singles out, at most.
 ITERATIONS = 40
+SETTLING = 12  # Steps in the end, with every equation weighed by its own deviation.
 DUALITY_WEIGHT = 0.3
+CONSTANT_DEVIATION = 1e-7  # Of the constant feature of a head with a bias.
 ROUNDED_OPERATIONS = 3
 
 
@@ -108,7 +111,11 @@ class _Equations(NamedTuple):
 
 
 def _equations(
-    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, batch_size: float
+    subspace: BatchSubspace,
+    eliminator: _Eliminator,
+    coordinates: jax.Array,
+    batch_size: float,
+    duality_weight: float | jax.Array,
 ) -> _Equations:
     directions, values = subspace.directions, subspace.singular_values
     rank = values.size
@@ -121,8 +128,8 @@ def _equations(
     duality = scaled @ dual[:, 0] - 1
     duality_slope = dual[:, 0] / values / batch_size + scaled @ dual[:, 1:]
     constant = subspace.constant @ coordinates - jnp.any(subspace.constant != 0)
-    extra = jnp.stack([DUALITY_WEIGHT * duality, constant])
-    extra_slope = jnp.stack([DUALITY_WEIGHT * duality_slope, subspace.constant])
+    extra = jnp.stack([duality_weight * duality, constant])
+    extra_slope = jnp.stack([duality_weight * duality_slope, subspace.constant])
     return _Equations(
         residual=jnp.concatenate([residual[:, 0], extra]),
         jacobian=jnp.concatenate([residual[:, 1:], extra_slope]),
@@ -131,7 +138,7 @@ def _equations(
     )
 
 
-def _solve_one(
+def _search(
     subspace: BatchSubspace,
     start: jax.Array,
     targets: jax.Array,
@@ -139,44 +146,51 @@ def _solve_one(
     batch_size: float,
     iterations: int,
 ) -> jax.Array:
-    """Levenberg-Marquardt with a fixed number of steps: every start of a batch takes as long as every other."""
+    """Coordinates (B,) near a solution, if there is one near the start."""
     eliminator = _eliminator(subspace, targets, weights)
     # Residuals count relative to how far the start's own softmax is from uniform, fixed once: relative to the current
     # one, running off to a uniform softmax would pay.
-    prediction = _equations(subspace, eliminator, start, batch_size).prediction
+    prediction = jax.nn.softmax(subspace.directions @ start)
     spread = jnp.sqrt(jnp.sum((weights * (prediction - jnp.mean(prediction))) ** 2))
     number_of_classes = subspace.left.shape[0]
     units = jnp.concatenate([jnp.full((number_of_classes,), 1 / jnp.maximum(spread, 1e-300)), jnp.ones((2,))])
 
-    def scaled(coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        equations = _equations(subspace, eliminator, coordinates, batch_size)
-        return equations.residual * units, equations.jacobian * units[:, None]
+    def normal_equations(coordinates: jax.Array) -> NormalEquations:
+        equations = _equations(subspace, eliminator, coordinates, batch_size, DUALITY_WEIGHT)
+        residual, slope = equations.residual * units, equations.jacobian * units[:, None]
+        return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
-    def step(_: int, state: tuple) -> tuple:
-        coordinates, damping, residual, slope, loss = state
-        normal = slope.T @ slope
-        diagonal = jnp.diag(normal)
-        damped = normal + jnp.diag(damping * diagonal + 1e-30 * jnp.max(diagonal))
-        move = -jax.scipy.linalg.solve(damped, slope.T @ residual, assume_a="pos")
-        trial = coordinates + move
-        new_residual, new_slope = scaled(trial)
-        new_loss = jnp.sum(new_residual**2)
-        better = new_loss < loss
+    return minimise(normal_equations, start, iterations, damping=1e-2)[0]
 
-        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(better, new, old)
 
-        return (
-            keep(trial, coordinates),
-            jnp.clip(jnp.where(better, damping / 5, damping * 5), 1e-12, 1e12),
-            keep(new_residual, residual),
-            keep(new_slope, slope),
-            keep(new_loss, loss),
-        )
+def _settle(
+    subspace: BatchSubspace, start: jax.Array, targets: jax.Array, weights: jax.Array, batch_size: float
+) -> jax.Array:
+    """Coordinates (B,) of the likeliest solution near one: every equation in its own standard deviations."""
+    eliminator = _eliminator(subspace, targets, weights)
+    values = subspace.singular_values
+    prediction = jax.nn.softmax(subspace.directions @ start)
+    dual = eliminator.solution(prediction[:, None])[: values.size, 0]
+    deviation = _duality_deviation(subspace, eliminator, start, dual, batch_size)
+    constant = jnp.concatenate([jnp.ones((weights.size + 1,)), 1 / CONSTANT_DEVIATION * jnp.ones((1,))])
 
-    residual, slope = scaled(start)
-    state = (start, jnp.asarray(1e-2), residual, slope, jnp.sum(residual**2))
-    return jax.lax.fori_loop(0, iterations, step, state)[0]
+    def normal_equations(coordinates: jax.Array) -> NormalEquations:
+        equations = _equations(subspace, eliminator, coordinates, batch_size, 1 / deviation)
+        residual, slope = equations.residual * constant, equations.jacobian * constant[:, None]
+        return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
+
+    return minimise(normal_equations, start, SETTLING, damping=1e-4)[0]
+
+
+def _duality_deviation(
+    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, dual: jax.Array, batch_size: float
+) -> jax.Array:
+    """() standard deviation of x^T G^+ g / B: of the noise on G itself, and of beta from its own equations."""
+    values = subspace.singular_values
+    noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
+    scaled = coordinates / values / batch_size
+    own = jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[: values.size]) ** 2))
+    return jnp.maximum(jnp.hypot(noise, own), 1e-15)
 
 
 @partial(jax.jit, static_argnames=("iterations",))
@@ -203,7 +217,8 @@ def solve_components(
 
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
-        found = _solve_one(subspace, start, chosen, own, batch_size, iterations)
+        found = _search(subspace, start, chosen, own, batch_size, iterations)
+        found = _settle(subspace, found, chosen, _weights(subspace, found, chosen, own), batch_size)
         return _describe(subspace, found, chosen, own, batch_size)
 
     return jax.lax.map(one, (starts, targets, weights), batch_size=8)
@@ -217,28 +232,24 @@ def _describe(
     number_of_classes, rank = subspace.left.shape
     used = targets >= 0
     singled = _singled_out(targets, number_of_classes)
-    first = _eliminator(subspace, targets, weights)
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
-    dual = first.solution(prediction[:, None])[:rank, 0]
-    deviation = label_deviation(subspace, coordinates, dual, prediction, prediction - subspace.left @ dual)
+    deviation = 1 / _weights(subspace, coordinates, targets, weights)
     # Everything from here on in units of those deviations.
     eliminator = _eliminator(subspace, targets, 1 / deviation)
-    equations = _equations(subspace, eliminator, coordinates, batch_size)
+    equations = _equations(subspace, eliminator, coordinates, batch_size, 1.0)
     solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
     dual, level = solution[:rank, 0], solution[rank, 0]
     label = prediction - subspace.left @ dual
     residual = equations.residual[:number_of_classes]
     freedom = number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1
     misfit = jnp.sqrt(jnp.sum(residual**2) / jnp.maximum(freedom, 1))
-    noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
-    scaled = coordinates / values / batch_size
-    duality = scaled @ dual - 1
-    duality_deviation = jnp.hypot(subspace.noise * noise, jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[:rank]) ** 2)))
+    duality = (coordinates / values / batch_size) @ dual - 1
+    duality_deviation = _duality_deviation(subspace, eliminator, coordinates, dual, batch_size)
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
     leverage = jnp.sum((design @ eliminator.inverse) ** 2, axis=1)
     extra = equations.jacobian[number_of_classes:]
-    scales = jnp.stack([DUALITY_WEIGHT * jnp.maximum(duality_deviation, 1e-15), jnp.asarray(1e-7)])
+    scales = jnp.stack([duality_deviation, jnp.asarray(CONSTANT_DEVIATION)])
     slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
     norms = jnp.sqrt(jnp.maximum(jnp.sum(slopes**2, axis=0), 1e-300))
     columns, mixing = jnp.linalg.qr(slopes / norms[None, :])
@@ -273,23 +284,44 @@ def label_deviation(
 ) -> jax.Array:
     """(C,) standard deviation of p - U beta at given a and beta.
 
-    U beta = G V S^-1 beta carries the noise of a row of G times |S^-1 beta|; x = V a misses what noise took out of
-    the row space, G^T U S^-1 a, which moves the logits by |W_j| times |S^-1 a| times the noise; and the client rounds
-    its logits and p - y, as in one example.
+    U beta = G V S^-1 beta carries the noise of its row of G times |S^-1 beta|; x = V a misses what noise took out of
+    the row space, G^T U S^-1 a, which moves the logits by |W_j| times |S^-1 a|; and the client rounds its logits, p and
+    p - y, as in one example.
     """
     row = subspace.noise * jnp.sqrt(jnp.sum((dual / subspace.singular_values) ** 2))
-    carried = logit_error(subspace, coordinates) * prediction
+    carried = prediction_error(subspace, coordinates, prediction)
     return jnp.sqrt(row**2 + carried**2 + (subspace.roundoff * label) ** 2)
 
 
-def logit_error(subspace: BatchSubspace, coordinates: jax.Array) -> jax.Array:
-    """(C,) standard deviation of the logits at given a, from the noise on V and the client's rounding."""
-    feature = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
-    # The client rounds the logits it sums and stores, and p and p - y in a few operations each.
+def _weights(
+    subspace: BatchSubspace, coordinates: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """(C,) one over the deviations at given a, and at the beta that is best for it with other weights."""
+    eliminator = _eliminator(subspace, targets, weights)
+    prediction = jax.nn.softmax(subspace.directions @ coordinates)
+    dual = eliminator.solution(prediction[:, None])[:-1, 0]
+    return 1 / label_deviation(subspace, coordinates, dual, prediction, prediction - subspace.left @ dual)
+
+
+@jax.jit
+def starting_weights(subspace: BatchSubspace, starts: jax.Array, targets: jax.Array) -> jax.Array:
+    """(n, C) weights of the residuals, one over their deviations at the starts (n, B)."""
+    own = 1 / subspace.noise
+    return jax.lax.map(lambda one: _weights(subspace, *one, own), (starts, targets), batch_size=8)
+
+
+def prediction_error(subspace: BatchSubspace, coordinates: jax.Array, prediction: jax.Array) -> jax.Array:
+    """(C,) standard deviation of the softmax at given a: from the noise on V, and the client's own rounding."""
+    feature = jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
     logits = jnp.abs(subspace.directions @ coordinates)
     summed = 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2))
-    own = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)
-    return jnp.hypot(subspace.weight_norm * feature, own)
+    logit = jnp.hypot(subspace.weight_norm * feature, subspace.roundoff * (logits + summed))
+    # Independent errors of the logits, to first order: dp_j = p_j (dz_j - sum_k p_k dz_k). An entry near 1 is known
+    # much better than its logit.
+    shares = (prediction * logit) ** 2
+    others = jnp.maximum(jnp.sum(shares) - shares, 0.0)
+    carried = prediction * jnp.sqrt(((1 - prediction) * logit) ** 2 + others)
+    return jnp.hypot(carried, ROUNDED_OPERATIONS * subspace.roundoff * prediction)
 
 
 @jax.jit

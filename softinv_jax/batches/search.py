@@ -12,6 +12,7 @@ from softinv_jax.batches.component import (
     TARGETS,
     Component,
     solve_components,
+    starting_weights,
     strongest_residual,
 )
 from softinv_jax.batches.joint import JointFit, fit_jointly
@@ -247,7 +248,7 @@ def _solve(
     starts = np.concatenate([starts, np.repeat(starts[-1:], missing, axis=0)])
     targets = np.concatenate([targets, np.repeat(targets[-1:], missing, axis=0)])
     if weights is None:
-        weights = np.ones((len(starts), subspace.left.shape[0]))
+        weights = np.asarray(starting_weights(subspace, jnp.asarray(starts), jnp.asarray(targets, jnp.int32)))
     weights = np.concatenate([weights, np.repeat(weights[-1:], len(starts) - len(weights), axis=0)])
     solved = solve_components(
         subspace,
@@ -291,7 +292,7 @@ def _plausible(one: Component) -> bool:
         np.isfinite(one.misfit)
         and one.misfit <= TOLERANCE / 2
         and one.decrement <= 1
-        and abs(one.duality) <= TOLERANCE * one.duality_deviation + 1e-9
+        and abs(one.duality) <= min(TOLERANCE * one.duality_deviation + 1e-9, 0.5)
         and abs(one.constant_error) <= 1e-6
         and np.all(one.label >= -reach)
         and np.all(one.label <= 1 + reach)
