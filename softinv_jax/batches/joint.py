@@ -65,46 +65,63 @@ def fit_jointly(
     def model(coordinates: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.nn.softmax(coordinates @ subspace.directions.T, axis=1) - labels(weights)
 
-    def row_deviation(coordinates: jax.Array) -> jax.Array:
-        """(C,) of the entries of a row of G V: its noise, and that of the softmax entries in it."""
+    # Features resemble each other, so that errors of a softmax entry, which come times the feature, lie in one
+    # direction of the row space more than in all others.
+    main = jnp.linalg.svd(coordinates, full_matrices=False)[2][0]
+    along = main[:, None] * main[None, :]
+    across = jnp.eye(rank) - along
+
+    def row_deviation(coordinates: jax.Array, projector: jax.Array, directions: int) -> jax.Array:
+        """(C,) of the entries of a row of G V in some directions: its noise, and that of the softmax entries in it."""
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
         error = jax.vmap(partial(prediction_error, subspace))(coordinates, prediction)
-        size = jnp.sqrt(jnp.sum(coordinates**2, axis=1))
-        carried = jnp.sum((error * size[:, None]) ** 2, axis=0) / (batch_size**2 * rank)
+        square = jnp.sum((coordinates @ projector) ** 2, axis=1)
+        carried = jnp.sum(error**2 * square[:, None], axis=0) / (batch_size**2 * max(directions, 1))
         return jnp.sqrt(subspace.noise**2 + carried)
 
     def unflatten(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
         return flat[: count * rank].reshape(count, rank), flat[count * rank :].reshape(count, TARGETS)
 
-    def normal_equations(flat: jax.Array, deviation: jax.Array) -> NormalEquations:
+    def whitened(values: jax.Array, deviation: jax.Array) -> jax.Array:
+        """(..., C) in standard deviations, made independent over rows of G V where their noise is not."""
+        shared = jnp.sum(subspace.common**2, axis=1)
+        own = jnp.sqrt(jnp.maximum(deviation**2 - shared, 0.01 * deviation**2))
+        directions, size, _ = jnp.linalg.svd(subspace.common / own[:, None], full_matrices=False)
+        scaled = values / own
+        return scaled - ((scaled @ directions) * (1 - 1 / jnp.sqrt(1 + size**2))) @ directions.T
+
+    def normal_equations(flat: jax.Array, deviations: tuple[jax.Array, jax.Array]) -> NormalEquations:
         """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / B for a_bs."""
         coordinates, weights = unflatten(flat)
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
-        gradient = (prediction - labels(weights)) / (batch_size * deviation)
         mean = prediction @ subspace.directions
         slope = prediction[:, :, None] * (subspace.directions[None] - mean[:, None, :])
-        slope = slope / (batch_size * deviation)[None, :, None]
-        weight_slope = -jnp.where(used[..., None], singled, 0.0) / (batch_size * deviation)
-        residual = gradient.T @ coordinates - observed / deviation[:, None]
-        # Everything that moves g_b, its coordinates' slopes and its weights, moves row j by a multiple of a_b.
-        moving = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1)  # (n, r + T, C)
-        stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
-        across = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
-        normal = across * (coordinates @ coordinates.T)[:, None, :, None]
-        cross = (stacked @ gradient.T).reshape(count, rank + TARGETS, count)  # (b, k, b'): moving_bk . g_b'
-        mixed = jnp.einsum("bkc,bs->bkcs", cross, coordinates)  # d a_b's against what moves g_b: g_b' . moving_bk a_bs
-        same = jnp.einsum("bj,cj,rs->brcs", gradient, gradient, jnp.eye(rank))
-        normal = normal.at[:, :, :, :rank].add(mixed)
-        normal = normal.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
-        normal = normal.at[:, :rank, :, :rank].add(same)
-        toward = jnp.einsum("bkj,js,bs->bk", moving, residual, coordinates)
-        toward = toward.at[:, :rank].add(gradient @ residual)
-        loss = jnp.sum(residual**2)
+        weight_slope = -jnp.where(used[..., None], singled, 0.0)
+        # Everything that moves g_b, its coordinates and its weights, moves row j by a multiple of a_b.
+        moves = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1) / batch_size  # (n, r + T, C)
         constant = jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
         pull = subspace.constant / subspace.roundoff
+        normal = jnp.zeros((count, rank + TARGETS) * 2)
         each = jnp.arange(count)
         normal = normal.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
-        toward = toward.at[:, :rank].add(constant[:, None] * pull[None, :])
+        toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull[None, :])
+        loss = jnp.sum(constant**2)
+        for projector, deviation in zip((along, across), deviations, strict=True):
+            projected = coordinates @ projector
+            gradient = whitened(prediction - labels(weights), deviation) / batch_size
+            residual = gradient.T @ projected - whitened(observed.T, deviation).T @ projector
+            moving = whitened(moves, deviation)
+            stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
+            products = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
+            normal = normal + products * (projected @ projected.T)[:, None, :, None]
+            cross = (stacked @ gradient.T).reshape(count, rank + TARGETS, count)
+            mixed = jnp.einsum("bkc,bs->bkcs", cross, projected)
+            normal = normal.at[:, :, :, :rank].add(mixed)
+            normal = normal.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
+            normal = normal.at[:, :rank, :, :rank].add(jnp.einsum("bj,cj,rs->brcs", gradient, gradient, projector))
+            toward = toward + jnp.einsum("bkj,bj->bk", moving, projected @ residual.T)
+            toward = toward.at[:, :rank].add(gradient @ residual)
+            loss = loss + jnp.sum(residual**2)
 
         def ordered(values: jax.Array) -> jax.Array:
             """(n, r + T, ...) to all coordinates, then all weights."""
@@ -112,7 +129,7 @@ def fit_jointly(
             return jnp.concatenate([part.reshape(-1, *values.shape[2:]) for part in parts])
 
         normal = ordered(ordered(normal).transpose(1, 2, 0)).T
-        return NormalEquations(normal, ordered(toward), loss + jnp.sum(constant**2))
+        return NormalEquations(normal, ordered(toward), loss)
 
     flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel()])
     # The best known rows count only as far as the fit has got to, so that they do not hide all others.
@@ -120,8 +137,11 @@ def fit_jointly(
         start, weights = unflatten(flat)
         difference = model(start, weights).T @ start / batch_size - observed
         misfit = tolerance * jnp.sqrt(jnp.mean(difference**2, axis=1))
-        deviation = jnp.hypot(row_deviation(start), misfit)
-        flat, equations = minimise(partial(normal_equations, deviation=deviation), flat, steps, damping=1e-6)
+        deviations = (
+            jnp.hypot(row_deviation(start, along, 1), misfit),
+            jnp.hypot(row_deviation(start, across, rank - 1), misfit),
+        )
+        flat, equations = minimise(partial(normal_equations, deviations=deviations), flat, steps, damping=1e-6)
     normal = equations.normal
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]
@@ -137,10 +157,13 @@ def fit_jointly(
     unknowns = count * rank + jnp.sum(used)
     # The columns of G V sum to zero over classes, whatever the unknowns.
     freedom = (number_of_classes - 1) * rank + jnp.where(has_constant, count, 0) - unknowns
+    misfit = jnp.sqrt(equations.loss / jnp.maximum(freedom, 1))
+    # Residuals larger than expected mean more noise than expected.
+    excess = jnp.maximum(misfit, 1.0)
     return JointFit(
         coordinates=coordinates,
         label=labels(weights),
-        coordinates_deviation=coordinate_deviation,
-        label_deviation=jnp.sqrt(jnp.maximum(label_variance, 0.0)),
-        misfit=jnp.sqrt(equations.loss / jnp.maximum(freedom, 1)),
+        coordinates_deviation=excess * coordinate_deviation,
+        label_deviation=excess * jnp.sqrt(jnp.maximum(label_variance, 0.0)),
+        misfit=misfit,
     )

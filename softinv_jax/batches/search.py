@@ -37,8 +37,8 @@ SCAN = 1000  # Scalars tried for the last example, of either sign,
 LAST_STARTS = 16  # how many of them are refined,
 LAST_STEPS = 20  # by how many steps,
 LAST_TRIED = 6  # and how many then take part in a joint fit.
-# Above this many entries of its Jacobian (512 MiB of float64) the joint fit is left out.
-LARGEST_JOINT = 2**26
+# With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
+LARGEST_JOINT = 6144
 
 
 def search_batch(
@@ -342,8 +342,8 @@ def _accepted(
 
 
 def _joint(subspace: BatchSubspace, found: list[Component], divisor: float) -> JointFit | None:
-    number_of_classes, rank = subspace.left.shape
-    if number_of_classes * rank * rank * (rank + TARGETS) > LARGEST_JOINT:
+    rank = subspace.singular_values.size
+    if len(found) * (rank + TARGETS) > LARGEST_JOINT:
         return None
     coordinates = jnp.asarray(np.array([one.coordinates for one in found]))
     targets = jnp.asarray(np.array([one.targets for one in found]), jnp.int32)

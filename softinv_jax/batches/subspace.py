@@ -21,6 +21,7 @@ __all__ = ["BatchSubspace", "batch_subspace", "numerical_rank"]
 # are alike in rows that are alike), provided that the signal stands out as far from it again.
 CORRELATED = 30.0
 WIDEST_RANGE = 1e-7
+COMMON = 8
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +35,8 @@ class BatchSubspace:
       weight_norm: (C,) |W_j|.
       constant: (B,) last row of V: constant . a = 1 for a head with a bias. Zeros without one.
       noise: (C,) R: standard deviation of whatever is not of rank B, per entry of each row of G.
+      common: (C, COMMON) how much of it rows have in common: its covariance over rows has the off-diagonal part of
+        common common^T. Rows that are alike are rounded alike.
       roundoff: () unit roundoff of the gradient's dtype.
     """
 
@@ -44,6 +47,7 @@ class BatchSubspace:
     weight_norm: jax.Array
     constant: jax.Array
     noise: jax.Array
+    common: jax.Array
     roundoff: jax.Array
 
 
@@ -116,6 +120,11 @@ def batch_subspace(
         beyond = matrix - (matrix @ right[:rank].T) @ right[:rank]
         noise = np.maximum(noise, np.sqrt(np.sum(beyond**2, axis=1) / max(columns - rank, 1)))
     left, values, right = _whitened(matrix, noise)
+    excess = np.zeros(COMMON)
+    beyond = values[rank : rank + COMMON]
+    excess[: beyond.size] = np.maximum(beyond**2 - (np.sqrt(rows) + np.sqrt(columns)) ** 2, 0) / max(columns - rank, 1)
+    common = np.zeros((rows, COMMON))
+    common[:, : beyond.size] = left[:, rank : rank + COMMON]
     basis = jnp.asarray(right[:rank].T)
     subspace = BatchSubspace(
         left=jnp.asarray(noise[:, None] * left[:, :rank]),
@@ -125,6 +134,7 @@ def batch_subspace(
         weight_norm=jnp.sqrt(jnp.sum(weight**2, axis=1)),
         constant=basis[-1] if has_bias else jnp.zeros((rank,)),
         noise=jnp.asarray(noise),
+        common=jnp.asarray(noise[:, None] * common * np.sqrt(excess)),
         roundoff=jnp.asarray(unit_roundoff(dtype)),
     )
     return subspace, values
