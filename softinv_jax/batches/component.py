@@ -70,6 +70,7 @@ class Component:
     constant_error: jax.Array
 
 
+# Each decomposition below depends on the one before: two batched LAPACK calls at once can hang XLA's CPU runtime.
 class _Eliminator(NamedTuple):
     """Orthonormal columns of the weighted (U, 1), classes singled out left aside, and what undoes their mixing."""
 
@@ -141,13 +142,12 @@ def _equations(
 def _search(
     subspace: BatchSubspace,
     start: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    eliminator: _Eliminator,
     batch_size: float,
     iterations: int,
 ) -> jax.Array:
     """Coordinates (B,) near a solution, if there is one near the start."""
-    eliminator = _eliminator(subspace, targets, weights)
+    weights = eliminator.weights
     # Residuals count relative to how far the start's own softmax is from uniform, fixed once: relative to the current
     # one, running off to a uniform softmax would pay.
     prediction = jax.nn.softmax(subspace.directions @ start)
@@ -217,9 +217,10 @@ def solve_components(
 
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
-        found = _search(subspace, start, chosen, own, batch_size, iterations)
-        found = _settle(subspace, found, chosen, _weights(subspace, found, chosen, own), batch_size)
-        return _describe(subspace, found, chosen, own, batch_size)
+        eliminator = _eliminator(subspace, chosen, own)
+        found = _search(subspace, start, eliminator, batch_size, iterations)
+        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
+        return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
 
     return jax.lax.map(one, (starts, targets, weights), batch_size=8)
 
@@ -233,9 +234,9 @@ def _describe(
     used = targets >= 0
     singled = _singled_out(targets, number_of_classes)
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
-    deviation = 1 / _weights(subspace, coordinates, targets, weights)
+    deviation = 1 / weights
     # Everything from here on in units of those deviations.
-    eliminator = _eliminator(subspace, targets, 1 / deviation)
+    eliminator = _eliminator(subspace, targets, weights)
     equations = _equations(subspace, eliminator, coordinates, batch_size, 1.0)
     solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
     dual, level = solution[:rank, 0], solution[rank, 0]
@@ -256,12 +257,11 @@ def _describe(
     errors = jnp.concatenate([residual, equations.residual[number_of_classes:] / scales])
     decrement = jnp.sum((columns.T @ errors) ** 2)
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
-    moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms[None, :]).T, trans=1)
-    spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
+    inverse = jax.scipy.linalg.solve_triangular(mixing, jnp.eye(rank)) / norms[:, None]
+    spread = jnp.sqrt(deviation**2 + leverage + jnp.sum((label_slope @ inverse) ** 2, axis=1))
     logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
-    logit_moved = jax.scipy.linalg.solve_triangular(mixing, (logit_slope / norms[None, :]).T, trans=1)
     visible = prediction > TOLERANCE * deviation
-    logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum(logit_moved**2, axis=0)), 0.0))
+    logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum((logit_slope @ inverse) ** 2, axis=1)), 0.0))
     return Component(
         coordinates=coordinates,
         dual=dual,
@@ -293,11 +293,8 @@ def label_deviation(
     return jnp.sqrt(row**2 + carried**2 + (subspace.roundoff * label) ** 2)
 
 
-def _weights(
-    subspace: BatchSubspace, coordinates: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
+def _weights(subspace: BatchSubspace, coordinates: jax.Array, eliminator: _Eliminator) -> jax.Array:
     """(C,) one over the deviations at given a, and at the beta that is best for it with other weights."""
-    eliminator = _eliminator(subspace, targets, weights)
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
     dual = eliminator.solution(prediction[:, None])[:-1, 0]
     return 1 / label_deviation(subspace, coordinates, dual, prediction, prediction - subspace.left @ dual)
@@ -306,8 +303,12 @@ def _weights(
 @jax.jit
 def starting_weights(subspace: BatchSubspace, starts: jax.Array, targets: jax.Array) -> jax.Array:
     """(n, C) weights of the residuals, one over their deviations at the starts (n, B)."""
-    own = 1 / subspace.noise
-    return jax.lax.map(lambda one: _weights(subspace, *one, own), (starts, targets), batch_size=8)
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        start, chosen = inputs
+        return _weights(subspace, start, _eliminator(subspace, chosen, 1 / subspace.noise))
+
+    return jax.lax.map(one, (starts, targets), batch_size=8)
 
 
 def prediction_error(subspace: BatchSubspace, coordinates: jax.Array, prediction: jax.Array) -> jax.Array:

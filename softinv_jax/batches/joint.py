@@ -82,15 +82,19 @@ def fit_jointly(
     def unflatten(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
         return flat[: count * rank].reshape(count, rank), flat[count * rank :].reshape(count, TARGETS)
 
-    def whitened(values: jax.Array, deviation: jax.Array) -> jax.Array:
-        """(..., C) in standard deviations, made independent over rows of G V where their noise is not."""
+    def whitening(deviation: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         shared = jnp.sum(subspace.common**2, axis=1)
         own = jnp.sqrt(jnp.maximum(deviation**2 - shared, 0.01 * deviation**2))
         directions, size, _ = jnp.linalg.svd(subspace.common / own[:, None], full_matrices=False)
-        scaled = values / own
-        return scaled - ((scaled @ directions) * (1 - 1 / jnp.sqrt(1 + size**2))) @ directions.T
+        return own, directions, 1 - 1 / jnp.sqrt(1 + size**2)
 
-    def normal_equations(flat: jax.Array, deviations: tuple[jax.Array, jax.Array]) -> NormalEquations:
+    def whitened(values: jax.Array, noise: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        """(..., C) in standard deviations, made independent over rows of G V where their noise is not."""
+        own, directions, shrinkage = noise
+        scaled = values / own
+        return scaled - ((scaled @ directions) * shrinkage) @ directions.T
+
+    def normal_equations(flat: jax.Array, noises: tuple) -> NormalEquations:
         """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / B for a_bs."""
         coordinates, weights = unflatten(flat)
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
@@ -106,11 +110,11 @@ def fit_jointly(
         normal = normal.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
         toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull[None, :])
         loss = jnp.sum(constant**2)
-        for projector, deviation in zip((along, across), deviations, strict=True):
+        for projector, noise in zip((along, across), noises, strict=True):
             projected = coordinates @ projector
-            gradient = whitened(prediction - labels(weights), deviation) / batch_size
-            residual = gradient.T @ projected - whitened(observed.T, deviation).T @ projector
-            moving = whitened(moves, deviation)
+            gradient = whitened(prediction - labels(weights), noise) / batch_size
+            residual = gradient.T @ projected - whitened(observed.T, noise).T @ projector
+            moving = whitened(moves, noise)
             stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
             products = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
             normal = normal + products * (projected @ projected.T)[:, None, :, None]
@@ -137,11 +141,11 @@ def fit_jointly(
         start, weights = unflatten(flat)
         difference = model(start, weights).T @ start / batch_size - observed
         misfit = tolerance * jnp.sqrt(jnp.mean(difference**2, axis=1))
-        deviations = (
-            jnp.hypot(row_deviation(start, along, 1), misfit),
-            jnp.hypot(row_deviation(start, across, rank - 1), misfit),
+        noises = (
+            whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
+            whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
         )
-        flat, equations = minimise(partial(normal_equations, deviations=deviations), flat, steps, damping=1e-6)
+        flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, damping=1e-6)
     normal = equations.normal
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]
