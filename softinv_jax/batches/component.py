@@ -23,8 +23,17 @@ import jax.numpy as jnp
 from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
+from softinv_jax.linear_algebra import inverse_and_log_determinant, orthonormal_columns
 
-__all__ = ["ITERATIONS", "TARGETS", "Component", "prediction_error", "solve_components", "starting_weights", "strongest_residual"]
+__all__ = [
+    "ITERATIONS",
+    "TARGETS",
+    "Component",
+    "prediction_error",
+    "solve_components",
+    "starting_weights",
+    "strongest_residual",
+]
 
 TARGETS = 2  # Classes a label singles out, at most.
 ITERATIONS = 40
@@ -70,7 +79,6 @@ class Component:
     constant_error: jax.Array
 
 
-# Each decomposition below depends on the one before: two batched LAPACK calls at once can hang XLA's CPU runtime.
 class _Eliminator(NamedTuple):
     """Orthonormal columns of the weighted (U, 1), classes singled out left aside, and what undoes their mixing."""
 
@@ -94,12 +102,10 @@ def _singled_out(targets: jax.Array, number_of_classes: int) -> jax.Array:
 
 
 def _eliminator(subspace: BatchSubspace, targets: jax.Array, weights: jax.Array) -> _Eliminator:
-    number_of_classes, rank = subspace.left.shape
+    number_of_classes = subspace.left.shape[0]
     weights = jnp.where(_singled_out(targets, number_of_classes), 0.0, weights)
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
-    columns, mixing = jnp.linalg.qr(weights[:, None] * design)
-    inverse = jax.scipy.linalg.solve_triangular(mixing, jnp.eye(rank + 1))
-    return _Eliminator(weights, columns, inverse)
+    return _Eliminator(weights, *orthonormal_columns(weights[:, None] * design))
 
 
 class _Equations(NamedTuple):
@@ -139,6 +145,10 @@ def _equations(
     )
 
 
+def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    return inverse_and_log_determinant(matrix)[0] @ right
+
+
 def _search(
     subspace: BatchSubspace,
     start: jax.Array,
@@ -160,7 +170,7 @@ def _search(
         residual, slope = equations.residual * units, equations.jacobian * units[:, None]
         return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
-    return minimise(normal_equations, start, iterations, damping=1e-2)[0]
+    return minimise(normal_equations, start, iterations, 1e-2, _solve)[0]
 
 
 def _settle(
@@ -179,7 +189,7 @@ def _settle(
         residual, slope = equations.residual * constant, equations.jacobian * constant[:, None]
         return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
-    return minimise(normal_equations, start, SETTLING, damping=1e-4)[0]
+    return minimise(normal_equations, start, SETTLING, 1e-4, _solve)[0]
 
 
 def _duality_deviation(
@@ -252,12 +262,10 @@ def _describe(
     extra = equations.jacobian[number_of_classes:]
     scales = jnp.stack([duality_deviation, jnp.asarray(CONSTANT_DEVIATION)])
     slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
-    norms = jnp.sqrt(jnp.maximum(jnp.sum(slopes**2, axis=0), 1e-300))
-    columns, mixing = jnp.linalg.qr(slopes / norms[None, :])
+    columns, inverse = orthonormal_columns(slopes)
     errors = jnp.concatenate([residual, equations.residual[number_of_classes:] / scales])
     decrement = jnp.sum((columns.T @ errors) ** 2)
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
-    inverse = jax.scipy.linalg.solve_triangular(mixing, jnp.eye(rank)) / norms[:, None]
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum((label_slope @ inverse) ** 2, axis=1))
     logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
     visible = prediction > TOLERANCE * deviation

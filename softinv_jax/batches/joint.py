@@ -35,6 +35,10 @@ class JointFit(NamedTuple):
     misfit: jax.Array
 
 
+def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), right)
+
+
 @partial(jax.jit, static_argnames=("steps",))
 def fit_jointly(
     subspace: BatchSubspace,
@@ -91,8 +95,8 @@ def fit_jointly(
     def whitened(values: jax.Array, noise: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         """(..., C) in standard deviations, made independent over rows of G V where their noise is not."""
         own, directions, shrinkage = noise
-        scaled = values / own
-        return scaled - ((scaled @ directions) * shrinkage) @ directions.T
+        scaled = values / own.reshape((1,) * (values.ndim - 1) + (-1,))
+        return scaled - (scaled @ (directions * shrinkage[None, :])) @ directions.T
 
     def normal_equations(flat: jax.Array, noises: tuple) -> NormalEquations:
         """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / B for a_bs."""
@@ -145,7 +149,7 @@ def fit_jointly(
             whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
             whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
         )
-        flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, damping=1e-6)
+        flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
     normal = equations.normal
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]

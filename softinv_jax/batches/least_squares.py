@@ -21,12 +21,17 @@ class NormalEquations(NamedTuple):
 
 
 def minimise(
-    equations: Callable[[jax.Array], NormalEquations], start: jax.Array, steps: int, damping: float
+    equations: Callable[[jax.Array], NormalEquations],
+    start: jax.Array,
+    steps: int,
+    damping: float,
+    solve: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, NormalEquations]:
     """Levenberg-Marquardt (Marquardt 1963) until a step gains nothing more, at most `steps` of them.
 
     Args:
       equations: of a point (n,). start: (n,). damping: to start with, relative to the diagonal.
+      solve: (n, n) positive definite, (n,) -> (n,); NaN where it cannot.
 
     Returns:
       The best point and its equations.
@@ -40,8 +45,7 @@ def minimise(
         damped = current.normal / scale[:, None] / scale[None, :] + (damping + 1e-15) * unit
         # An unknown that nothing depends on stays where it is.
         damped = damped + jnp.diag(jnp.where(diagonal > 0, 0.0, 1.0))
-        factor = jax.scipy.linalg.cho_factor(damped)
-        trial = point - jax.scipy.linalg.cho_solve(factor, current.toward / scale) / scale
+        trial = point - solve(damped, current.toward / scale) / scale
         new = equations(trial)
         better = new.loss < current.loss
         kept = jax.tree.map(lambda fresh, old: jnp.where(better, fresh, old), (trial, new), (point, current))

@@ -3,8 +3,8 @@
 The last layer's gradient of B examples is G = (1/B) sum_b g_b x_b^T. Rounding errs in proportion to what is rounded, so
 that the rows of classes which the network thinks unlikely are known far better, absolutely, than the others: with R
 the standard deviation of each row's entries, it is R^-1 G = U S V^T that has rank B up to noise of deviation 1. While
-B < C and B <= d, every g_b lies in the column space of R U, and every feature is x_b = V a_b with a_b in R^B: the attack
-works with a_b alone.
+B < C and B <= d, every g_b lies in the column space of R U, and every feature is x_b = V a_b with a_b in R^B: the
+attack works with a_b alone.
 """
 
 from dataclasses import dataclass
