@@ -217,9 +217,9 @@ def solve_components(
     Args:
       subspace: of the batch.
       starts: (n, B) coordinates. targets: (n, TARGETS) classes assumed to be singled out, -1 for none.
-      weights: (n, C) of the residuals: equal far from a solution, one over the deviations near it.
+      weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
       batch_size: B, or what else the outer products were divided by.
-      iterations: static.
+      iterations: static, at most; with 0 the starts themselves are described.
 
     Returns:
       A `Component` with a leading axis n.
@@ -228,8 +228,10 @@ def solve_components(
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
         eliminator = _eliminator(subspace, chosen, own)
-        found = _search(subspace, start, eliminator, batch_size, iterations)
-        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
+        found = start
+        if iterations:
+            found = _search(subspace, start, eliminator, batch_size, iterations)
+            found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
         return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
 
     return jax.lax.map(one, (starts, targets, weights), batch_size=8)

@@ -292,7 +292,7 @@ def _plausible(one: Component) -> bool:
         np.isfinite(one.misfit)
         and one.misfit <= TOLERANCE / 2
         and one.decrement <= 1
-        and abs(one.duality) <= min(TOLERANCE * one.duality_deviation + 1e-9, 0.5)
+        and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
         and abs(one.constant_error) <= 1e-6
         and np.all(one.label >= -reach)
         and np.all(one.label <= 1 + reach)
