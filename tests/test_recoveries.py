@@ -22,9 +22,9 @@ def draw(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_one_example_is_what_it_was() -> None:
     observation = observe(*draw(0, 1))
-    jax.tree.map(np.testing.assert_array_equal, recover(observation), recovery.recover(observation))
-    compiled = jax.jit(lambda one: recover(one, batch_size=1))(observation)
-    np.testing.assert_allclose(compiled.label, recover(observation).label, atol=1e-6)
+    expected = jax.jit(lambda one: recovery.recover(one, thorough=False))(observation)
+    found = jax.jit(lambda one: recover(one, batch_size=1, thorough=False))(observation)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_batches_one_and_many() -> None:
