@@ -50,12 +50,12 @@ class Component:
 
     Attributes:
       coordinates: (B,) a. dual: (B,) beta = U^T g, so that g = U beta.
-      label: (C,) p - U beta, unstructured. level: () c.
+      label: (C,) p - U beta, unstructured. level: () c. level_deviation: () standard deviation of c.
       targets: (TARGETS,) int32 classes singled out, -1 for none.
       deviation: (C,) standard deviation of p - U beta at the true a and beta, from the noise on G.
       label_deviation: (C,) of the label, with the errors of a and beta that the noise causes.
       misfit: () root mean square of (label - c) / deviation over the classes not singled out, with the degrees of
-        freedom that the unknowns leave.
+        freedom that the unknowns leave. freedom: () how many, at least 1.
       decrement: () what one more step would take off the sum of those squares: below 1, the coordinates are within one
         of their own deviations of where the iteration ends.
       logit_deviation: () largest standard deviation of a logit whose softmax entry stands out of its own: where six of
@@ -68,10 +68,12 @@ class Component:
     dual: jax.Array
     label: jax.Array
     level: jax.Array
+    level_deviation: jax.Array
     targets: jax.Array
     deviation: jax.Array
     label_deviation: jax.Array
     misfit: jax.Array
+    freedom: jax.Array
     decrement: jax.Array
     logit_deviation: jax.Array
     duality: jax.Array
@@ -197,8 +199,9 @@ def _duality_deviation(
 ) -> jax.Array:
     """() standard deviation of x^T G^+ g / B: of the noise on G itself, and of beta from its own equations."""
     values = subspace.singular_values
-    noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
     scaled = coordinates / values / batch_size
+    # To first order noise E changes x^T G^+ g by x^T G^+ E G^+ g (Golub and Pereyra 1973), and E has deviation 1 here.
+    noise = jnp.sqrt(jnp.sum(scaled**2) * jnp.sum((dual / values) ** 2))
     own = jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[: values.size]) ** 2))
     return jnp.maximum(jnp.hypot(noise, own), 1e-15)
 
@@ -254,8 +257,8 @@ def _describe(
     dual, level = solution[:rank, 0], solution[rank, 0]
     label = prediction - subspace.left @ dual
     residual = equations.residual[:number_of_classes]
-    freedom = number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1
-    misfit = jnp.sqrt(jnp.sum(residual**2) / jnp.maximum(freedom, 1))
+    freedom = jnp.maximum(number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1, 1)
+    misfit = jnp.sqrt(jnp.sum(residual**2) / freedom)
     duality = (coordinates / values / batch_size) @ dual - 1
     duality_deviation = _duality_deviation(subspace, eliminator, coordinates, dual, batch_size)
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
@@ -269,6 +272,7 @@ def _describe(
     decrement = jnp.sum((columns.T @ errors) ** 2)
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum((label_slope @ inverse) ** 2, axis=1))
+    level_deviation = jnp.sqrt(jnp.sum(eliminator.inverse[rank] ** 2) + jnp.sum((solution[rank, 1:] @ inverse) ** 2))
     logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
     visible = prediction > TOLERANCE * deviation
     logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum((logit_slope @ inverse) ** 2, axis=1)), 0.0))
@@ -277,10 +281,12 @@ def _describe(
         dual=dual,
         label=label,
         level=level,
+        level_deviation=level_deviation,
         targets=targets,
         deviation=deviation,
         label_deviation=jnp.where(singled, spread, jnp.minimum(spread, deviation)),
         misfit=misfit,
+        freedom=freedom,
         decrement=decrement,
         logit_deviation=logit_deviation,
         duality=duality,

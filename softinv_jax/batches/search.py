@@ -287,10 +287,12 @@ def _continued(
 
 def _plausible(one: Component) -> bool:
     """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
-    reach = 2 * TOLERANCE * one.label_deviation
+    # The label's common level has errors of its own, which entries have in common.
+    reach = 2 * TOLERANCE * np.hypot(one.label_deviation, one.level_deviation)
+    # A single entry may miss by TOLERANCE deviations, and few may be no more than that one.
     return bool(
         np.isfinite(one.misfit)
-        and one.misfit <= TOLERANCE / 2
+        and one.misfit <= max(TOLERANCE / 2, TOLERANCE / math.sqrt(one.freedom))
         and one.decrement <= 1
         and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
         and abs(one.constant_error) <= 1e-6
