@@ -14,7 +14,6 @@ which is one more equation.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -156,7 +155,7 @@ def _search(
     start: jax.Array,
     eliminator: _Eliminator,
     batch_size: float,
-    iterations: int,
+    iterations: int | jax.Array,
 ) -> jax.Array:
     """Coordinates (B,) near a solution, if there is one near the start."""
     weights = eliminator.weights
@@ -176,7 +175,12 @@ def _search(
 
 
 def _settle(
-    subspace: BatchSubspace, start: jax.Array, targets: jax.Array, weights: jax.Array, batch_size: float
+    subspace: BatchSubspace,
+    start: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    batch_size: float,
+    iterations: jax.Array,
 ) -> jax.Array:
     """Coordinates (B,) of the likeliest solution near one: every equation in its own standard deviations."""
     eliminator = _eliminator(subspace, targets, weights)
@@ -191,7 +195,7 @@ def _settle(
         residual, slope = equations.residual * constant, equations.jacobian * constant[:, None]
         return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
-    return minimise(normal_equations, start, SETTLING, 1e-4, _solve)[0]
+    return minimise(normal_equations, start, iterations, 1e-4, _solve)[0]
 
 
 def _duality_deviation(
@@ -206,14 +210,14 @@ def _duality_deviation(
     return jnp.maximum(jnp.hypot(noise, own), 1e-15)
 
 
-@partial(jax.jit, static_argnames=("iterations",))
+@jax.jit
 def solve_components(
     subspace: BatchSubspace,
     starts: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     batch_size: float,
-    iterations: int = ITERATIONS,
+    iterations: int | jax.Array = ITERATIONS,
 ) -> Component:
     """Solve from every start.
 
@@ -222,7 +226,7 @@ def solve_components(
       starts: (n, B) coordinates. targets: (n, TARGETS) classes assumed to be singled out, -1 for none.
       weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
       batch_size: B, or what else the outer products were divided by.
-      iterations: static, at most; with 0 the starts themselves are described.
+      iterations: at most; with 0 the starts themselves are described.
 
     Returns:
       A `Component` with a leading axis n.
@@ -231,10 +235,9 @@ def solve_components(
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
         eliminator = _eliminator(subspace, chosen, own)
-        found = start
-        if iterations:
-            found = _search(subspace, start, eliminator, batch_size, iterations)
-            found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
+        found = _search(subspace, start, eliminator, batch_size, iterations)
+        settling = jnp.minimum(iterations, SETTLING)
+        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size, settling)
         return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
 
     return jax.lax.map(one, (starts, targets, weights), batch_size=8)

@@ -23,7 +23,7 @@ class NormalEquations(NamedTuple):
 def minimise(
     equations: Callable[[jax.Array], NormalEquations],
     start: jax.Array,
-    steps: int,
+    steps: int | jax.Array,
     damping: float,
     solve: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, NormalEquations]:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,7 @@ __all__ = ["search_batch"]
 # Rounds of search, each from what the examples found so far leave of the gradient: factor on the starts, and whether
 # pairs of classes start from either row (see `propose`).
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True), (1.5, False), (4.0, True), (0.6, False))
-# Starts are padded to a multiple, so that few programs are compiled.
-PADDING = 64
+PIECE = 64  # Starts solved at a time.
 LONG = 200  # Steps for those few that are worth it.
 POLISHING = 30  # Steps for what is nearly there already.
 LARGEST_ASSEMBLY = 6  # Examples put together from several solutions each,
@@ -242,23 +243,27 @@ def _solve(
     weights: np.ndarray | None = None,
     iterations: int = ITERATIONS,
 ) -> Component:
-    """All starts, padded; NumPy."""
-    count = len(starts)
-    missing = -count % (PADDING if count < 4 * PADDING else 4 * PADDING)
-    starts = np.concatenate([starts, np.repeat(starts[-1:], missing, axis=0)])
-    targets = np.concatenate([targets, np.repeat(targets[-1:], missing, axis=0)])
+    """All starts; NumPy."""
+    chosen = targets.astype(np.int32)
     if weights is None:
-        weights = np.asarray(starting_weights(subspace, jnp.asarray(starts), jnp.asarray(targets, jnp.int32)))
-    weights = np.concatenate([weights, np.repeat(weights[-1:], len(starts) - len(weights), axis=0)])
-    solved = solve_components(
-        subspace,
-        jnp.asarray(starts),
-        jnp.asarray(targets, jnp.int32),
-        jnp.asarray(weights),
-        divisor,
-        iterations,
-    )
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], solved)
+        weights = _in_pieces(partial(starting_weights, subspace), starts, chosen)
+
+    def solve(*piece: jax.Array) -> Component:
+        return solve_components(subspace, *piece, divisor, iterations)
+
+    return _in_pieces(solve, starts, chosen, weights)
+
+
+def _in_pieces(function: Callable[..., Any], *inputs: Any) -> Any:
+    """A function of arrays with a common leading axis, PIECE entries at a time: one compiled program for any number."""
+    count = len(jax.tree.leaves(inputs)[0])
+    missing = -count % PIECE
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)]), inputs)
+    results = []
+    for first in range(0, count, PIECE):
+        piece = jax.tree.map(lambda leaf, first=first: jnp.asarray(leaf[first : first + PIECE]), padded)
+        results.append(function(*piece))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)
 
 
 def _continued(
@@ -266,7 +271,7 @@ def _continued(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the search got to from the best starts, with the same classes and with one more or another one."""
     values = np.asarray(subspace.singular_values)
-    extra = np.asarray(strongest_residual(subspace, jax.tree.map(jnp.asarray, solved)))
+    extra = _in_pieces(partial(strongest_residual, subspace), solved)
     every = _split(solved)
     starts: list[np.ndarray] = []
     targets: list[tuple[int, int]] = []

@@ -116,6 +116,20 @@ def test_deviations_cover_the_errors() -> None:
     assert 0.4 < np.sqrt(np.mean(np.square(together))) < 1.6
 
 
+def test_duality_deviation_is_what_noise_makes_of_duality() -> None:
+    """x^T G^+ g at the true features, over draws of the noise, against the deviation that is claimed."""
+    standardised = []
+    for seed in range(12):
+        weight, features, _, _, gradient = draw(seed, noise=1e-7)
+        subspace = subspace_of(weight, gradient)
+        start = jnp.asarray(features @ np.asarray(subspace.right))
+        targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
+        weights = starting_weights(subspace, start, targets)
+        found = solve_components(subspace, start, targets, weights, float(SIZE), 0)
+        standardised.append(np.asarray(found.duality / found.duality_deviation))
+    assert 0.3 < np.sqrt(np.mean(np.square(standardised))) < 1.6
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 @pytest.mark.parametrize("noise", [0.0, 1e-6])
 def test_numerical_rank(rank: int, noise: float) -> None:
