@@ -6,7 +6,8 @@
 Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
 with smoothing and mixup (`--trained-cases`; C of the data set). Images are drawn without repetition, gradients are
 float32. An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
-within six of its own deviations, and a reported label that fits no example as spurious.
+within six of its own deviations, and a reported label that fits no example as spurious. `bound` counts the examples
+whose label the gradient fixes to 1e-5 at all (standard deviation of the best unbiased estimate at the truth).
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
 import softinv_jax
+from softinv_jax.batches.component import TARGETS
+from softinv_jax.batches.joint import fit_jointly
+from softinv_jax.batches.subspace import batch_subspace
 from softinv_jax.client import SoftLabelBatch, cross_entropy, sample_batch
+from softinv_jax.float64 import in_float64
 
 
 def draw_batch(
@@ -73,6 +78,26 @@ def score(found: softinv_jax.BatchRecovery, labels: np.ndarray) -> dict[str, flo
     }
 
 
+@in_float64
+def identifiable(weight: jax.Array, gradient: jax.Array, features: jax.Array, labels: np.ndarray) -> int:
+    """How many labels of a batch one standard deviation of the best unbiased estimate leaves below 1e-5.
+
+    The joint fit's own deviations at the truth, classes told: no search can do better than this bound.
+    """
+    weight, gradient = jnp.asarray(weight, jnp.float64), jnp.asarray(gradient, jnp.float64)
+    size = len(labels)
+    subspace, _ = batch_subspace(weight, gradient, size, np.dtype(np.float32), has_bias=False)
+    if subspace.singular_values.size < size:
+        return 0
+    targets = np.argsort(-labels, axis=1)[:, :TARGETS].astype(np.int32)
+    level = np.median(labels, axis=1)
+    shares = np.take_along_axis(labels, targets, 1).astype(np.float64) - level[:, None]
+    targets = np.where(shares > 0, targets, -1)
+    start = jnp.asarray(features, jnp.float64) @ subspace.right
+    bound = fit_jointly(subspace, start, jnp.asarray(shares), jnp.asarray(targets), float(size))
+    return int(np.sum(np.max(np.asarray(bound.label_deviation), axis=1) < 1e-5))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +142,7 @@ def measure(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """One row: some batches of one size and format."""
-    counts = dict.fromkeys(("found", "imprecise", "spurious", "spurious_unique"), 0)
+    counts = dict.fromkeys(("found", "imprecise", "spurious", "spurious_unique", "identifiable"), 0)
     largest, seconds = 0.0, []
     rng = np.random.default_rng([number_of_classes, size])
     if number_of_classes > classes.max() + 1:  # With more classes than the data set has, images get classes at random.
@@ -128,9 +153,10 @@ def measure(
         labels = np.asarray(drawn.labels)
         gradient = batch_gradient(weight, features, drawn.labels)
         start = time.perf_counter()
-        recovery = softinv_jax.recover_batch(softinv_jax.observe(weight, gradient), size)
+        recovery = softinv_jax.recover(softinv_jax.observe(weight, gradient), batch_size=size)
         seconds.append(time.perf_counter() - start)
         result = score(recovery, labels)
+        result["identifiable"] = identifiable(weight, gradient, features, labels)
         for key_name in counts:
             counts[key_name] += int(result[key_name])
         largest = max(largest, result["largest_error"])
@@ -149,7 +175,19 @@ def measure(
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     table = Table(title="examples found in one averaged gradient")
-    columns = ("network", "C", "B", "format", "found", "imprecise", "spurious", "of these unique", "error", "s / batch")
+    columns = (
+        "network",
+        "C",
+        "B",
+        "format",
+        "found",
+        "bound",
+        "imprecise",
+        "spurious",
+        "of these unique",
+        "error",
+        "s / batch",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in ("network", "format") else "right")
     for row in rows:
@@ -159,6 +197,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(row["batch_size"]),
             row["format"],
             f"{row['found']}/{row['total']}",
+            str(row["identifiable"]),
             str(row["imprecise"]),
             str(row["spurious"]),
             str(row["spurious_unique"]),

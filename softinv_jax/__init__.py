@@ -1,14 +1,11 @@
 """softinv: what a client's gradient gives away in federated learning.
 
 The observer's side, `recover` and `recover_many`, turns the gradient of a model's last dense layer into the client's
-soft label and last-layer feature, with a verdict and its evidence; `recover_batch` does so for every example behind
-one averaged gradient. The client's side, for experiments, is in
-`softinv_jax.client`.
+soft label and last-layer feature, with a verdict and its evidence; with `batch_size`, those of every example behind
+one averaged gradient. The client's side, for experiments, is in `softinv_jax.client`.
 """
 
-from softinv_jax.batches.batch_recovery import BatchRecovery, recover_batch
-from softinv_jax.labels.many import recover_many
-from softinv_jax.labels.recovery import recover
+from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.labels.verdicts import (
     Candidates,
     Evidence,
@@ -19,6 +16,7 @@ from softinv_jax.labels.verdicts import (
     verdict_names,
 )
 from softinv_jax.observation.head import Observation, find_head, observe, observe_head
+from softinv_jax.recoveries import recover, recover_many
 
 __all__ = [
     "BatchRecovery",
@@ -33,7 +31,6 @@ __all__ = [
     "observe",
     "observe_head",
     "recover",
-    "recover_batch",
     "recover_many",
     "verdict_names",
 ]

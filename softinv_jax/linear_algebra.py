@@ -1,4 +1,4 @@
-"""Inverse and determinant of small positive definite matrices, from matrix products alone.
+"""Inverse and determinant of small positive definite matrices, and orthonormal columns, from matrix products alone.
 
 Not `jnp.linalg`: XLA's CPU runtime runs batched LAPACK calls on its own worker threads and waits for them there, so
 that two such calls at once can hang a two-core machine for good (seen with jaxlib 0.10.1). A hang is worse than a
@@ -8,7 +8,7 @@ few lines; these also run where no LAPACK is.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["inverse_and_log_determinant"]
+__all__ = ["inverse_and_log_determinant", "orthonormal_columns"]
 
 DIRECT_SIZE = 32
 
@@ -59,3 +59,30 @@ def _gauss_jordan(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         return kept - column[:, None] * row[None, :] / pivot, log_determinant + jnp.log(pivot)
 
     return jax.lax.fori_loop(0, size, eliminate, (matrix, jnp.zeros((), matrix.dtype)))
+
+
+def orthonormal_columns(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Orthonormal columns that span those of a matrix: Gram-Schmidt, each column twice (Giraud et al. 2005).
+
+    Args:
+      matrix: (m, n), floating, of full rank n <= m.
+
+    Returns:
+      (m, n) columns Q and (n, n) upper triangular T with Q = matrix T.
+    """
+    size = matrix.shape[1]
+    index = jnp.arange(size, dtype=jnp.int32)
+    norms = jnp.maximum(jnp.sqrt(jnp.sum(matrix**2, axis=0)), 1e-300)
+
+    def step(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        columns, mixing = state
+        own = jax.lax.dynamic_index_in_dim(columns, number, 1, keepdims=False)
+        mixed = jax.lax.dynamic_index_in_dim(mixing, number, 1, keepdims=False)
+        for _ in range(2):
+            share = jnp.where(index < number, own @ columns, 0.0)
+            own, mixed = own - columns @ share, mixed - mixing @ share
+        norm = jnp.maximum(jnp.sqrt(jnp.sum(own**2)), 1e-300)
+        columns = jax.lax.dynamic_update_index_in_dim(columns, own / norm, number, 1)
+        return columns, jax.lax.dynamic_update_index_in_dim(mixing, mixed / norm, number, 1)
+
+    return jax.lax.fori_loop(0, size, step, (matrix / norms[None, :], jnp.diag(1 / norms)))

@@ -36,8 +36,8 @@ class BatchRecovery:
       verdict: (B,) int32, a `Verdict`.
       surprise: (B,) nats, minus the logarithm of how many such explanations an accident would be expected to show.
       misfit: (B,) root mean square residual of the example's own equation, in standard deviations.
-      rank: numerical rank of the gradient. singular_values: (min(C, d),). noise: standard deviation, per entry of the
-        gradient, of what is not of that rank.
+      rank: numerical rank of the gradient. singular_values: (min(C, d),), with each row in units of its noise. noise:
+        (C,) standard deviation, per entry of each row of the gradient, of what is not of that rank.
       joint_misfit: root mean square residual of the whole gradient in standard deviations, all examples together; NaN
         unless all were found. joint_surprise: nats, of all of them together.
       residual: relative distance between the gradient and the one that all solutions give together, those included that
@@ -54,7 +54,7 @@ class BatchRecovery:
     misfit: np.ndarray
     rank: int
     singular_values: np.ndarray
-    noise: float
+    noise: np.ndarray
     joint_misfit: float
     joint_surprise: float
     residual: float
@@ -191,7 +191,7 @@ def _finish(
         misfit=misfit,
         rank=rank,
         singular_values=singular_values,
-        noise=float(subspace.noise),
+        noise=np.asarray(subspace.noise),
         joint_misfit=math.nan if joint is None else float(joint.misfit),
         joint_surprise=joint_surprise,
         residual=float(residual),

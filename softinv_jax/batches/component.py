@@ -14,20 +14,31 @@ which is one more equation.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
+from softinv_jax.linear_algebra import inverse_and_log_determinant, orthonormal_columns
 
-__all__ = ["ITERATIONS", "TARGETS", "Component", "logit_error", "solve_components", "strongest_residual"]
+__all__ = [
+    "ITERATIONS",
+    "TARGETS",
+    "Component",
+    "prediction_error",
+    "solve_components",
+    "starting_weights",
+    "strongest_residual",
+]
 
 TARGETS = 2  # Classes a label singles out, at most.
 ITERATIONS = 40
+SETTLING = 12  # Steps in the end, with every equation weighed by its own deviation.
 DUALITY_WEIGHT = 0.3
+CONSTANT_DEVIATION = 1e-7  # Of the constant feature of a head with a bias.
 ROUNDED_OPERATIONS = 3
 
 
@@ -38,12 +49,12 @@ class Component:
 
     Attributes:
       coordinates: (B,) a. dual: (B,) beta = U^T g, so that g = U beta.
-      label: (C,) p - U beta, unstructured. level: () c.
+      label: (C,) p - U beta, unstructured. level: () c. level_deviation: () standard deviation of c.
       targets: (TARGETS,) int32 classes singled out, -1 for none.
       deviation: (C,) standard deviation of p - U beta at the true a and beta, from the noise on G.
       label_deviation: (C,) of the label, with the errors of a and beta that the noise causes.
       misfit: () root mean square of (label - c) / deviation over the classes not singled out, with the degrees of
-        freedom that the unknowns leave.
+        freedom that the unknowns leave. freedom: () how many, at least 1.
       decrement: () what one more step would take off the sum of those squares: below 1, the coordinates are within one
         of their own deviations of where the iteration ends.
       logit_deviation: () largest standard deviation of a logit whose softmax entry stands out of its own: where six of
@@ -56,10 +67,12 @@ class Component:
     dual: jax.Array
     label: jax.Array
     level: jax.Array
+    level_deviation: jax.Array
     targets: jax.Array
     deviation: jax.Array
     label_deviation: jax.Array
     misfit: jax.Array
+    freedom: jax.Array
     decrement: jax.Array
     logit_deviation: jax.Array
     duality: jax.Array
@@ -90,12 +103,10 @@ def _singled_out(targets: jax.Array, number_of_classes: int) -> jax.Array:
 
 
 def _eliminator(subspace: BatchSubspace, targets: jax.Array, weights: jax.Array) -> _Eliminator:
-    number_of_classes, rank = subspace.left.shape
+    number_of_classes = subspace.left.shape[0]
     weights = jnp.where(_singled_out(targets, number_of_classes), 0.0, weights)
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
-    columns, mixing = jnp.linalg.qr(weights[:, None] * design)
-    inverse = jax.scipy.linalg.solve_triangular(mixing, jnp.eye(rank + 1))
-    return _Eliminator(weights, columns, inverse)
+    return _Eliminator(weights, *orthonormal_columns(weights[:, None] * design))
 
 
 class _Equations(NamedTuple):
@@ -108,7 +119,11 @@ class _Equations(NamedTuple):
 
 
 def _equations(
-    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, batch_size: float
+    subspace: BatchSubspace,
+    eliminator: _Eliminator,
+    coordinates: jax.Array,
+    batch_size: float,
+    duality_weight: float | jax.Array,
 ) -> _Equations:
     directions, values = subspace.directions, subspace.singular_values
     rank = values.size
@@ -121,8 +136,8 @@ def _equations(
     duality = scaled @ dual[:, 0] - 1
     duality_slope = dual[:, 0] / values / batch_size + scaled @ dual[:, 1:]
     constant = subspace.constant @ coordinates - jnp.any(subspace.constant != 0)
-    extra = jnp.stack([DUALITY_WEIGHT * duality, constant])
-    extra_slope = jnp.stack([DUALITY_WEIGHT * duality_slope, subspace.constant])
+    extra = jnp.stack([duality_weight * duality, constant])
+    extra_slope = jnp.stack([duality_weight * duality_slope, subspace.constant])
     return _Equations(
         residual=jnp.concatenate([residual[:, 0], extra]),
         jacobian=jnp.concatenate([residual[:, 1:], extra_slope]),
@@ -131,71 +146,87 @@ def _equations(
     )
 
 
-def _solve_one(
+def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    return inverse_and_log_determinant(matrix)[0] @ right
+
+
+def _search(
+    subspace: BatchSubspace,
+    start: jax.Array,
+    eliminator: _Eliminator,
+    batch_size: float,
+    iterations: int | jax.Array,
+) -> jax.Array:
+    """Coordinates (B,) near a solution, if there is one near the start."""
+    weights = eliminator.weights
+    # Residuals count relative to how far the start's own softmax is from uniform, fixed once: relative to the current
+    # one, running off to a uniform softmax would pay.
+    prediction = jax.nn.softmax(subspace.directions @ start)
+    spread = jnp.sqrt(jnp.sum((weights * (prediction - jnp.mean(prediction))) ** 2))
+    number_of_classes = subspace.left.shape[0]
+    units = jnp.concatenate([jnp.full((number_of_classes,), 1 / jnp.maximum(spread, 1e-300)), jnp.ones((2,))])
+
+    def normal_equations(coordinates: jax.Array) -> NormalEquations:
+        equations = _equations(subspace, eliminator, coordinates, batch_size, DUALITY_WEIGHT)
+        residual, slope = equations.residual * units, equations.jacobian * units[:, None]
+        return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
+
+    return minimise(normal_equations, start, iterations, 1e-2, _solve)[0]
+
+
+def _settle(
     subspace: BatchSubspace,
     start: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     batch_size: float,
-    iterations: int,
+    iterations: jax.Array,
 ) -> jax.Array:
-    """Levenberg-Marquardt with a fixed number of steps: every start of a batch takes as long as every other."""
+    """Coordinates (B,) of the likeliest solution near one: every equation in its own standard deviations."""
     eliminator = _eliminator(subspace, targets, weights)
-    # Residuals count relative to how far the start's own softmax is from uniform, fixed once: relative to the current
-    # one, running off to a uniform softmax would pay.
-    prediction = _equations(subspace, eliminator, start, batch_size).prediction
-    spread = jnp.sqrt(jnp.sum((weights * (prediction - jnp.mean(prediction))) ** 2))
-    number_of_classes = subspace.left.shape[0]
-    units = jnp.concatenate([jnp.full((number_of_classes,), 1 / jnp.maximum(spread, 1e-300)), jnp.ones((2,))])
+    values = subspace.singular_values
+    prediction = jax.nn.softmax(subspace.directions @ start)
+    dual = eliminator.solution(prediction[:, None])[: values.size, 0]
+    deviation = _duality_deviation(subspace, eliminator, start, dual, batch_size)
+    constant = jnp.concatenate([jnp.ones((weights.size + 1,)), 1 / CONSTANT_DEVIATION * jnp.ones((1,))])
 
-    def scaled(coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        equations = _equations(subspace, eliminator, coordinates, batch_size)
-        return equations.residual * units, equations.jacobian * units[:, None]
+    def normal_equations(coordinates: jax.Array) -> NormalEquations:
+        equations = _equations(subspace, eliminator, coordinates, batch_size, 1 / deviation)
+        residual, slope = equations.residual * constant, equations.jacobian * constant[:, None]
+        return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
-    def step(_: int, state: tuple) -> tuple:
-        coordinates, damping, residual, slope, loss = state
-        normal = slope.T @ slope
-        diagonal = jnp.diag(normal)
-        damped = normal + jnp.diag(damping * diagonal + 1e-30 * jnp.max(diagonal))
-        move = -jax.scipy.linalg.solve(damped, slope.T @ residual, assume_a="pos")
-        trial = coordinates + move
-        new_residual, new_slope = scaled(trial)
-        new_loss = jnp.sum(new_residual**2)
-        better = new_loss < loss
-
-        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(better, new, old)
-
-        return (
-            keep(trial, coordinates),
-            jnp.clip(jnp.where(better, damping / 5, damping * 5), 1e-12, 1e12),
-            keep(new_residual, residual),
-            keep(new_slope, slope),
-            keep(new_loss, loss),
-        )
-
-    residual, slope = scaled(start)
-    state = (start, jnp.asarray(1e-2), residual, slope, jnp.sum(residual**2))
-    return jax.lax.fori_loop(0, iterations, step, state)[0]
+    return minimise(normal_equations, start, iterations, 1e-4, _solve)[0]
 
 
-@partial(jax.jit, static_argnames=("iterations",))
+def _duality_deviation(
+    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, dual: jax.Array, batch_size: float
+) -> jax.Array:
+    """() standard deviation of x^T G^+ g / B: of the noise on G itself, and of beta from its own equations."""
+    values = subspace.singular_values
+    scaled = coordinates / values / batch_size
+    # To first order noise E changes x^T G^+ g by x^T G^+ E G^+ g (Golub and Pereyra 1973), and E has deviation 1 here.
+    noise = jnp.sqrt(jnp.sum(scaled**2) * jnp.sum((dual / values) ** 2))
+    own = jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[: values.size]) ** 2))
+    return jnp.maximum(jnp.hypot(noise, own), 1e-15)
+
+
+@jax.jit
 def solve_components(
     subspace: BatchSubspace,
     starts: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     batch_size: float,
-    iterations: int = ITERATIONS,
+    iterations: int | jax.Array = ITERATIONS,
 ) -> Component:
     """Solve from every start.
 
     Args:
       subspace: of the batch.
       starts: (n, B) coordinates. targets: (n, TARGETS) classes assumed to be singled out, -1 for none.
-      weights: (n, C) of the residuals: equal far from a solution, one over the deviations near it.
+      weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
       batch_size: B, or what else the outer products were divided by.
-      iterations: static.
+      iterations: at most; with 0 the starts themselves are described.
 
     Returns:
       A `Component` with a leading axis n.
@@ -203,8 +234,11 @@ def solve_components(
 
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
-        found = _solve_one(subspace, start, chosen, own, batch_size, iterations)
-        return _describe(subspace, found, chosen, own, batch_size)
+        eliminator = _eliminator(subspace, chosen, own)
+        found = _search(subspace, start, eliminator, batch_size, iterations)
+        settling = jnp.minimum(iterations, SETTLING)
+        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size, settling)
+        return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
 
     return jax.lax.map(one, (starts, targets, weights), batch_size=8)
 
@@ -217,49 +251,45 @@ def _describe(
     number_of_classes, rank = subspace.left.shape
     used = targets >= 0
     singled = _singled_out(targets, number_of_classes)
-    first = _eliminator(subspace, targets, weights)
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
-    dual = first.solution(prediction[:, None])[:rank, 0]
-    deviation = label_deviation(subspace, coordinates, dual, prediction, prediction - subspace.left @ dual)
+    deviation = 1 / weights
     # Everything from here on in units of those deviations.
-    eliminator = _eliminator(subspace, targets, 1 / deviation)
-    equations = _equations(subspace, eliminator, coordinates, batch_size)
+    eliminator = _eliminator(subspace, targets, weights)
+    equations = _equations(subspace, eliminator, coordinates, batch_size, 1.0)
     solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
     dual, level = solution[:rank, 0], solution[rank, 0]
     label = prediction - subspace.left @ dual
     residual = equations.residual[:number_of_classes]
-    freedom = number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1
-    misfit = jnp.sqrt(jnp.sum(residual**2) / jnp.maximum(freedom, 1))
-    noise = jnp.hypot(jnp.sqrt(jnp.sum((coordinates / values) ** 2)), jnp.sqrt(jnp.sum((dual / values) ** 2)))
-    scaled = coordinates / values / batch_size
-    duality = scaled @ dual - 1
-    duality_deviation = jnp.hypot(subspace.noise * noise, jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[:rank]) ** 2)))
+    freedom = jnp.maximum(number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1, 1)
+    misfit = jnp.sqrt(jnp.sum(residual**2) / freedom)
+    duality = (coordinates / values / batch_size) @ dual - 1
+    duality_deviation = _duality_deviation(subspace, eliminator, coordinates, dual, batch_size)
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
     leverage = jnp.sum((design @ eliminator.inverse) ** 2, axis=1)
     extra = equations.jacobian[number_of_classes:]
-    scales = jnp.stack([DUALITY_WEIGHT * jnp.maximum(duality_deviation, 1e-15), jnp.asarray(1e-7)])
+    scales = jnp.stack([duality_deviation, jnp.asarray(CONSTANT_DEVIATION)])
     slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
-    norms = jnp.sqrt(jnp.maximum(jnp.sum(slopes**2, axis=0), 1e-300))
-    columns, mixing = jnp.linalg.qr(slopes / norms[None, :])
+    columns, inverse = orthonormal_columns(slopes)
     errors = jnp.concatenate([residual, equations.residual[number_of_classes:] / scales])
     decrement = jnp.sum((columns.T @ errors) ** 2)
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
-    moved = jax.scipy.linalg.solve_triangular(mixing, (label_slope / norms[None, :]).T, trans=1)
-    spread = jnp.sqrt(deviation**2 + leverage + jnp.sum(moved**2, axis=0))
+    spread = jnp.sqrt(deviation**2 + leverage + jnp.sum((label_slope @ inverse) ** 2, axis=1))
+    level_deviation = jnp.sqrt(jnp.sum(eliminator.inverse[rank] ** 2) + jnp.sum((solution[rank, 1:] @ inverse) ** 2))
     logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
-    logit_moved = jax.scipy.linalg.solve_triangular(mixing, (logit_slope / norms[None, :]).T, trans=1)
     visible = prediction > TOLERANCE * deviation
-    logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum(logit_moved**2, axis=0)), 0.0))
+    logit_deviation = jnp.max(jnp.where(visible, jnp.sqrt(jnp.sum((logit_slope @ inverse) ** 2, axis=1)), 0.0))
     return Component(
         coordinates=coordinates,
         dual=dual,
         label=label,
         level=level,
+        level_deviation=level_deviation,
         targets=targets,
         deviation=deviation,
         label_deviation=jnp.where(singled, spread, jnp.minimum(spread, deviation)),
         misfit=misfit,
+        freedom=freedom,
         decrement=decrement,
         logit_deviation=logit_deviation,
         duality=duality,
@@ -273,23 +303,45 @@ def label_deviation(
 ) -> jax.Array:
     """(C,) standard deviation of p - U beta at given a and beta.
 
-    U beta = G V S^-1 beta carries the noise of a row of G times |S^-1 beta|; x = V a misses what noise took out of
-    the row space, G^T U S^-1 a, which moves the logits by |W_j| times |S^-1 a| times the noise; and the client rounds
-    its logits and p - y, as in one example.
+    U beta = G V S^-1 beta carries the noise of its row of G times |S^-1 beta|; x = V a misses what noise took out of
+    the row space, G^T U S^-1 a, which moves the logits by |W_j| times |S^-1 a|; and the client rounds its logits, p and
+    p - y, as in one example.
     """
     row = subspace.noise * jnp.sqrt(jnp.sum((dual / subspace.singular_values) ** 2))
-    carried = logit_error(subspace, coordinates) * prediction
+    carried = prediction_error(subspace, coordinates, prediction)
     return jnp.sqrt(row**2 + carried**2 + (subspace.roundoff * label) ** 2)
 
 
-def logit_error(subspace: BatchSubspace, coordinates: jax.Array) -> jax.Array:
-    """(C,) standard deviation of the logits at given a, from the noise on V and the client's rounding."""
-    feature = subspace.noise * jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
-    # The client rounds the logits it sums and stores, and p and p - y in a few operations each.
+def _weights(subspace: BatchSubspace, coordinates: jax.Array, eliminator: _Eliminator) -> jax.Array:
+    """(C,) one over the deviations at given a, and at the beta that is best for it with other weights."""
+    prediction = jax.nn.softmax(subspace.directions @ coordinates)
+    dual = eliminator.solution(prediction[:, None])[:-1, 0]
+    return 1 / label_deviation(subspace, coordinates, dual, prediction, prediction - subspace.left @ dual)
+
+
+@jax.jit
+def starting_weights(subspace: BatchSubspace, starts: jax.Array, targets: jax.Array) -> jax.Array:
+    """(n, C) weights of the residuals, one over their deviations at the starts (n, B)."""
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        start, chosen = inputs
+        return _weights(subspace, start, _eliminator(subspace, chosen, 1 / subspace.noise))
+
+    return jax.lax.map(one, (starts, targets), batch_size=8)
+
+
+def prediction_error(subspace: BatchSubspace, coordinates: jax.Array, prediction: jax.Array) -> jax.Array:
+    """(C,) standard deviation of the softmax at given a: from the noise on V, and the client's own rounding."""
+    feature = jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
     logits = jnp.abs(subspace.directions @ coordinates)
     summed = 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2))
-    own = subspace.roundoff * (ROUNDED_OPERATIONS + logits + summed)
-    return jnp.hypot(subspace.weight_norm * feature, own)
+    logit = jnp.hypot(subspace.weight_norm * feature, subspace.roundoff * (logits + summed))
+    # Independent errors of the logits, to first order: dp_j = p_j (dz_j - sum_k p_k dz_k). An entry near 1 is known
+    # much better than its logit.
+    shares = (prediction * logit) ** 2
+    others = jnp.maximum(jnp.sum(shares) - shares, 0.0)
+    carried = prediction * jnp.sqrt(((1 - prediction) * logit) ** 2 + others)
+    return jnp.hypot(carried, ROUNDED_OPERATIONS * subspace.roundoff * prediction)
 
 
 @jax.jit

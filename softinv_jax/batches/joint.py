@@ -11,12 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.batches.component import TARGETS, logit_error
+from softinv_jax.batches.component import TARGETS, prediction_error
+from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["JointFit", "fit_jointly"]
 
-STEPS = 25
+STEPS = 60
 
 
 class JointFit(NamedTuple):
@@ -32,6 +33,10 @@ class JointFit(NamedTuple):
     coordinates_deviation: jax.Array
     label_deviation: jax.Array
     misfit: jax.Array
+
+
+def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), right)
 
 
 @partial(jax.jit, static_argnames=("steps",))
@@ -61,57 +66,91 @@ def fit_jointly(
     def labels(weights: jax.Array) -> jax.Array:
         return 1 / number_of_classes + jnp.einsum("bt,btc->bc", jnp.where(used, weights, 0.0), singled)
 
-    def model(coordinates: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def model(coordinates: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax.nn.softmax(coordinates @ subspace.directions.T, axis=1) - labels(weights)
+
+    # Features resemble each other, so that errors of a softmax entry, which come times the feature, lie in one
+    # direction of the row space more than in all others.
+    main = jnp.linalg.svd(coordinates, full_matrices=False)[2][0]
+    along = main[:, None] * main[None, :]
+    across = jnp.eye(rank) - along
+
+    def row_deviation(coordinates: jax.Array, projector: jax.Array, directions: int) -> jax.Array:
+        """(C,) of the entries of a row of G V in some directions: its noise, and that of the softmax entries in it."""
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
-        return prediction, prediction - labels(weights)
-
-    def row_deviation(coordinates: jax.Array, prediction: jax.Array) -> jax.Array:
-        """(C,) of the entries of a row of G V: its noise, and that of the logits (see `logit_error`)."""
-        size = jnp.sqrt(jnp.sum(coordinates**2, axis=1))
-        logit = jax.vmap(partial(logit_error, subspace))(coordinates)
-        carried = jnp.sum((logit * prediction * size[:, None]) ** 2, axis=0) / (batch_size**2 * rank)
+        error = jax.vmap(partial(prediction_error, subspace))(coordinates, prediction)
+        square = jnp.sum((coordinates @ projector) ** 2, axis=1)
+        carried = jnp.sum(error**2 * square[:, None], axis=0) / (batch_size**2 * max(directions, 1))
         return jnp.sqrt(subspace.noise**2 + carried)
-
-    deviation = row_deviation(coordinates, model(coordinates, weights)[0])
-
-    def residual(coordinates: jax.Array, weights: jax.Array) -> jax.Array:
-        _, gradient = model(coordinates, weights)
-        difference = observed - gradient.T @ coordinates / batch_size
-        constant = jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0)
-        return jnp.concatenate([(difference / deviation[:, None]).ravel(), constant / subspace.roundoff])
-
-    size = count * (rank + TARGETS)
 
     def unflatten(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
         return flat[: count * rank].reshape(count, rank), flat[count * rank :].reshape(count, TARGETS)
 
-    def normal_equations(flat: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        errors = residual(*unflatten(flat))
-        slope = jax.jacfwd(lambda values: residual(*unflatten(values)))(flat)
-        return slope.T @ slope, slope.T @ errors, jnp.sum(errors**2)
+    def whitening(deviation: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        shared = jnp.sum(subspace.common**2, axis=1)
+        own = jnp.sqrt(jnp.maximum(deviation**2 - shared, 0.01 * deviation**2))
+        directions, size, _ = jnp.linalg.svd(subspace.common / own[:, None], full_matrices=False)
+        return own, directions, 1 - 1 / jnp.sqrt(1 + size**2)
 
-    def step(state: tuple) -> tuple:
-        count, _, flat, damping, normal, gradient, loss = state
-        scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
-        damped = normal / scale[:, None] / scale[None, :] + damping * jnp.eye(size)
-        move = -jnp.linalg.solve(damped, gradient / scale) / scale
-        trial = flat + move
-        new = normal_equations(trial)
-        better = new[2] < loss
+    def whitened(values: jax.Array, noise: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        """(..., C) in standard deviations, made independent over rows of G V where their noise is not."""
+        own, directions, shrinkage = noise
+        scaled = values / own.reshape((1,) * (values.ndim - 1) + (-1,))
+        return scaled - (scaled @ (directions * shrinkage[None, :])) @ directions.T
 
-        def keep(fresh: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(better, fresh, old)
+    def normal_equations(flat: jax.Array, noises: tuple) -> NormalEquations:
+        """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / B for a_bs."""
+        coordinates, weights = unflatten(flat)
+        prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
+        mean = prediction @ subspace.directions
+        slope = prediction[:, :, None] * (subspace.directions[None] - mean[:, None, :])
+        weight_slope = -jnp.where(used[..., None], singled, 0.0)
+        # Everything that moves g_b, its coordinates and its weights, moves row j by a multiple of a_b.
+        moves = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1) / batch_size  # (n, r + T, C)
+        constant = jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
+        pull = subspace.constant / subspace.roundoff
+        normal = jnp.zeros((count, rank + TARGETS) * 2)
+        each = jnp.arange(count)
+        normal = normal.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
+        toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull[None, :])
+        loss = jnp.sum(constant**2)
+        for projector, noise in zip((along, across), noises, strict=True):
+            projected = coordinates @ projector
+            gradient = whitened(prediction - labels(weights), noise) / batch_size
+            residual = gradient.T @ projected - whitened(observed.T, noise).T @ projector
+            moving = whitened(moves, noise)
+            stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
+            products = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
+            normal = normal + products * (projected @ projected.T)[:, None, :, None]
+            cross = (stacked @ gradient.T).reshape(count, rank + TARGETS, count)
+            mixed = jnp.einsum("bkc,bs->bkcs", cross, projected)
+            normal = normal.at[:, :, :, :rank].add(mixed)
+            normal = normal.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
+            normal = normal.at[:, :rank, :, :rank].add(jnp.einsum("bj,cj,rs->brcs", gradient, gradient, projector))
+            toward = toward + jnp.einsum("bkj,bj->bk", moving, projected @ residual.T)
+            toward = toward.at[:, :rank].add(gradient @ residual)
+            loss = loss + jnp.sum(residual**2)
 
-        damping = jnp.clip(jnp.where(better, damping / 10, damping * 10), 1e-14, 1e8)
-        # A gain of less than a thousandth of the loss is none.
-        done = (better & (new[2] > 0.999 * loss)) | (damping >= 1e4)
-        kept = keep(trial, flat), damping, keep(new[0], normal), keep(new[1], gradient), keep(new[2], loss)
-        return (count + 1, done, *kept)
+        def ordered(values: jax.Array) -> jax.Array:
+            """(n, r + T, ...) to all coordinates, then all weights."""
+            parts = values[:, :rank], values[:, rank:]
+            return jnp.concatenate([part.reshape(-1, *values.shape[2:]) for part in parts])
+
+        normal = ordered(ordered(normal).transpose(1, 2, 0)).T
+        return NormalEquations(normal, ordered(toward), loss)
 
     flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel()])
-    state = (jnp.int32(0), jnp.asarray(False), flat, jnp.asarray(1e-8), *normal_equations(flat))
-    state = jax.lax.while_loop(lambda state: (state[0] < steps) & ~state[1], step, state)
-    _, _, flat, _, normal, _, loss = state
+    # The best known rows count only as far as the fit has got to, so that they do not hide all others.
+    for tolerance in (1.0, 1.0, 1.0, 0.0):
+        start, weights = unflatten(flat)
+        difference = model(start, weights).T @ start / batch_size - observed
+        misfit = tolerance * jnp.sqrt(jnp.mean(difference**2, axis=1))
+        noises = (
+            whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
+            whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
+        )
+        flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
+    normal = equations.normal
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]
     scaled = scaled + jnp.diag(jnp.where(jnp.diag(normal) > 0, 0.0, 1.0))  # An unused weight stays by itself.
@@ -126,10 +165,13 @@ def fit_jointly(
     unknowns = count * rank + jnp.sum(used)
     # The columns of G V sum to zero over classes, whatever the unknowns.
     freedom = (number_of_classes - 1) * rank + jnp.where(has_constant, count, 0) - unknowns
+    misfit = jnp.sqrt(equations.loss / jnp.maximum(freedom, 1))
+    # Residuals larger than expected mean more noise than expected.
+    excess = jnp.maximum(misfit, 1.0)
     return JointFit(
         coordinates=coordinates,
         label=labels(weights),
-        coordinates_deviation=coordinate_deviation,
-        label_deviation=jnp.sqrt(jnp.maximum(label_variance, 0.0)),
-        misfit=jnp.sqrt(loss / jnp.maximum(freedom, 1)),
+        coordinates_deviation=excess * coordinate_deviation,
+        label_deviation=excess * jnp.sqrt(jnp.maximum(label_variance, 0.0)),
+        misfit=misfit,
     )

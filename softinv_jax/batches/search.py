@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from softinv_jax.batches.component import (
     TARGETS,
     Component,
     solve_components,
+    starting_weights,
     strongest_residual,
 )
 from softinv_jax.batches.joint import JointFit, fit_jointly
@@ -24,8 +27,7 @@ __all__ = ["search_batch"]
 # Rounds of search, each from what the examples found so far leave of the gradient: factor on the starts, and whether
 # pairs of classes start from either row (see `propose`).
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True), (1.5, False), (4.0, True), (0.6, False))
-# Starts are padded to a multiple, so that few programs are compiled.
-PADDING = 64
+PIECE = 64  # Starts solved at a time.
 LONG = 200  # Steps for those few that are worth it.
 POLISHING = 30  # Steps for what is nearly there already.
 LARGEST_ASSEMBLY = 6  # Examples put together from several solutions each,
@@ -36,8 +38,8 @@ SCAN = 1000  # Scalars tried for the last example, of either sign,
 LAST_STARTS = 16  # how many of them are refined,
 LAST_STEPS = 20  # by how many steps,
 LAST_TRIED = 6  # and how many then take part in a joint fit.
-# Above this many entries of its Jacobian (512 MiB of float64) the joint fit is left out.
-LARGEST_JOINT = 2**26
+# With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
+LARGEST_JOINT = 6144
 
 
 def search_batch(
@@ -241,23 +243,27 @@ def _solve(
     weights: np.ndarray | None = None,
     iterations: int = ITERATIONS,
 ) -> Component:
-    """All starts, padded; NumPy."""
-    count = len(starts)
-    missing = -count % (PADDING if count < 4 * PADDING else 4 * PADDING)
-    starts = np.concatenate([starts, np.repeat(starts[-1:], missing, axis=0)])
-    targets = np.concatenate([targets, np.repeat(targets[-1:], missing, axis=0)])
+    """All starts; NumPy."""
+    chosen = targets.astype(np.int32)
     if weights is None:
-        weights = np.ones((len(starts), subspace.left.shape[0]))
-    weights = np.concatenate([weights, np.repeat(weights[-1:], len(starts) - len(weights), axis=0)])
-    solved = solve_components(
-        subspace,
-        jnp.asarray(starts),
-        jnp.asarray(targets, jnp.int32),
-        jnp.asarray(weights),
-        divisor,
-        iterations,
-    )
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], solved)
+        weights = _in_pieces(partial(starting_weights, subspace), starts, chosen)
+
+    def solve(*piece: jax.Array) -> Component:
+        return solve_components(subspace, *piece, divisor, iterations)
+
+    return _in_pieces(solve, starts, chosen, weights)
+
+
+def _in_pieces(function: Callable[..., Any], *inputs: Any) -> Any:
+    """A function of arrays with a common leading axis, PIECE entries at a time: one compiled program for any number."""
+    count = len(jax.tree.leaves(inputs)[0])
+    missing = -count % PIECE
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)]), inputs)
+    results = []
+    for first in range(0, count, PIECE):
+        piece = jax.tree.map(lambda leaf, first=first: jnp.asarray(leaf[first : first + PIECE]), padded)
+        results.append(function(*piece))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)
 
 
 def _continued(
@@ -265,7 +271,7 @@ def _continued(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the search got to from the best starts, with the same classes and with one more or another one."""
     values = np.asarray(subspace.singular_values)
-    extra = np.asarray(strongest_residual(subspace, jax.tree.map(jnp.asarray, solved)))
+    extra = _in_pieces(partial(strongest_residual, subspace), solved)
     every = _split(solved)
     starts: list[np.ndarray] = []
     targets: list[tuple[int, int]] = []
@@ -286,12 +292,14 @@ def _continued(
 
 def _plausible(one: Component) -> bool:
     """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
-    reach = 2 * TOLERANCE * one.label_deviation
+    # The label's common level has errors of its own, which entries have in common.
+    reach = 2 * TOLERANCE * np.hypot(one.label_deviation, one.level_deviation)
+    # A single entry may miss by TOLERANCE deviations, and few may be no more than that one.
     return bool(
         np.isfinite(one.misfit)
-        and one.misfit <= TOLERANCE / 2
+        and one.misfit <= max(TOLERANCE / 2, TOLERANCE / math.sqrt(one.freedom))
         and one.decrement <= 1
-        and abs(one.duality) <= TOLERANCE * one.duality_deviation + 1e-9
+        and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
         and abs(one.constant_error) <= 1e-6
         and np.all(one.label >= -reach)
         and np.all(one.label <= 1 + reach)
@@ -341,8 +349,8 @@ def _accepted(
 
 
 def _joint(subspace: BatchSubspace, found: list[Component], divisor: float) -> JointFit | None:
-    number_of_classes, rank = subspace.left.shape
-    if number_of_classes * rank * rank * (rank + TARGETS) > LARGEST_JOINT:
+    rank = subspace.singular_values.size
+    if len(found) * (rank + TARGETS) > LARGEST_JOINT:
         return None
     coordinates = jnp.asarray(np.array([one.coordinates for one in found]))
     targets = jnp.asarray(np.array([one.targets for one in found]), jnp.int32)

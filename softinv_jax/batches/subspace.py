@@ -1,7 +1,10 @@
 """The gradient of a batch as a sum of outer products: its rank, its two spaces, and the noise on it.
 
-The last layer's gradient of B examples is G = (1/B) sum_b g_b x_b^T = U S V^T. While B < C and B <= d, every g_b lies
-in the column space of U, and every feature is x_b = V a_b with a_b in R^B: the attack works with a_b alone.
+The last layer's gradient of B examples is G = (1/B) sum_b g_b x_b^T. Rounding errs in proportion to what is rounded, so
+that the rows of classes which the network thinks unlikely are known far better, absolutely, than the others: with R
+the standard deviation of each row's entries, it is R^-1 G = U S V^T that has rank B up to noise of deviation 1. While
+B < C and B <= d, every g_b lies in the column space of R U, and every feature is x_b = V a_b with a_b in R^B: the
+attack works with a_b alone.
 """
 
 from dataclasses import dataclass
@@ -14,6 +17,12 @@ from softinv_jax.observation.rank_one import unit_roundoff
 
 __all__ = ["BatchSubspace", "batch_subspace", "numerical_rank"]
 
+# A tail of singular values this far above what independent noise of deviation 1 shows is still rounding (whose errors
+# are alike in rows that are alike), provided that the signal stands out as far from it again.
+CORRELATED = 30.0
+WIDEST_RANGE = 1e-7
+COMMON = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -21,11 +30,13 @@ class BatchSubspace:
     """All arrays float64. A head with a bias is one with the constant feature 1 in the last place.
 
     Attributes:
-      left: (C, B) U. singular_values: (B,) S. right: (d, B) V.
+      left: (C, B) R U. singular_values: (B,) S, in units of the noise. right: (d, B) V.
       directions: (C, B) W V, so that the logits of x = V a are `directions @ a`.
       weight_norm: (C,) |W_j|.
       constant: (B,) last row of V: constant . a = 1 for a head with a bias. Zeros without one.
-      noise: () standard deviation of whatever is not of rank B, per entry of G.
+      noise: (C,) R: standard deviation of whatever is not of rank B, per entry of each row of G.
+      common: (C, COMMON) how much of it rows have in common: its covariance over rows has the off-diagonal part of
+        common common^T. Rows that are alike are rounded alike.
       roundoff: () unit roundoff of the gradient's dtype.
     """
 
@@ -36,20 +47,16 @@ class BatchSubspace:
     weight_norm: jax.Array
     constant: jax.Array
     noise: jax.Array
+    common: jax.Array
     roundoff: jax.Array
 
 
-def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int], dtype: np.dtype) -> int:
-    """How many singular values stand out of rounding (and of noise, where it leaves a clear gap).
-
-    Noise of deviation sigma on every entry has singular values up to sigma (sqrt(C) + sqrt(d)); whether the smallest
-    ones are such noise shows in their fall being slow. The rounding of one gradient, |G| times the unit roundoff, is
-    the least there can be.
+def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int]) -> int:
+    """How many singular values stand out of noise of about equal size on all entries, where it leaves a clear gap.
 
     Args:
       singular_values: (min(C, d),) falling.
       shape: (C, d).
-      dtype: of the gradient.
 
     Returns:
       The rank, at least 1 for a gradient that is not zero; min(C, d) where nothing but noise is left.
@@ -58,17 +65,23 @@ def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int], dtype: n
     values = np.asarray(singular_values, np.float64)
     if values.size == 0 or values[0] == 0:
         return 0
-    # One coordinate is lost to the gradient's columns, which sum to zero: its singular value is rounding alone.
-    floor = values[0] * unit_roundoff(dtype)
-    count = values.size
-    for rank in range(1, count):
+    for rank in range(1, values.size):
         tail = values[rank:]
         sigma = np.sqrt(np.sum(tail**2) / max((rows - rank) * (columns - rank), 1))
         edge = sigma * (np.sqrt(rows) + np.sqrt(columns))
         # The largest of the tail lies at the edge of what noise alone shows, the smallest of the head well above it.
-        if tail[0] <= max(1.2 * edge, 3 * floor) and values[rank - 1] > 2 * max(edge, floor):
+        if tail[0] <= 1.2 * edge and values[rank - 1] > 2 * edge:
             return rank
-    return count
+    return values.size
+
+
+def _rounding_rank(values: np.ndarray, edge: float) -> int | None:
+    """The rank if what is beyond it is no more than rounding, of about deviation 1; None if there is other noise."""
+    small = np.flatnonzero(values <= CORRELATED * edge)
+    rank = int(small[0]) if small.size else values.size
+    if rank in (0, values.size) or values[rank - 1] < CORRELATED * values[rank]:
+        return None
+    return rank
 
 
 def batch_subspace(
@@ -83,27 +96,49 @@ def batch_subspace(
       has_bias: whether the last column is a bias.
 
     Returns:
-      The subspace, and all singular values.
+      The subspace, and all singular values, in units of the noise.
     """
-    left, singular_values, right = jnp.linalg.svd(gradient, full_matrices=False)
-    values = np.asarray(singular_values)
-    rows, columns = gradient.shape
-    rank = max(numerical_rank(values, (rows, columns), dtype), 1)
-    if largest is not None:
-        rank = min(rank, largest)
-    tail = values[rank:]
-    sigma = np.sqrt(np.sum(tail**2) / max((rows - rank) * (columns - rank), 1))
-    # Entries are rounded in proportion to their size; where no tail is left to measure it, this is what is known.
-    rounding = unit_roundoff(dtype) * np.sqrt(np.sum(values**2) / (3 * rows * columns))
-    basis = right[:rank].T
+    matrix = np.asarray(gradient)
+    rows, columns = matrix.shape
+    limit = min(rows, columns) if largest is None else largest
+    # Each entry is rounded in proportion to its size, and no finer than the smallest number of its dtype.
+    size = np.sqrt(np.mean(matrix**2, axis=1))
+    smallest = max(float(jnp.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
+    noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
+    # Beyond this range, least squares in float64 would see the best known rows only.
+    noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
+    _, values, right = _whitened(matrix, noise)
+    rank = _rounding_rank(values, np.sqrt(rows) + np.sqrt(columns))
+    if rank is None:
+        _, values, right = _whitened(matrix, np.ones(rows))
+        rank = min(max(numerical_rank(values, matrix.shape), 1), limit)
+        sigma = np.sqrt(np.sum(values[rank:] ** 2) / max((rows - rank) * (columns - rank), 1))
+        noise = np.hypot(noise, sigma)
+    else:
+        # Sums over the batch that cancel are rounded more than what is left of them shows.
+        rank = min(rank, limit)
+        beyond = matrix - (matrix @ right[:rank].T) @ right[:rank]
+        noise = np.maximum(noise, np.sqrt(np.sum(beyond**2, axis=1) / max(columns - rank, 1)))
+    left, values, right = _whitened(matrix, noise)
+    excess = np.zeros(COMMON)
+    beyond = values[rank : rank + COMMON]
+    excess[: beyond.size] = np.maximum(beyond**2 - (np.sqrt(rows) + np.sqrt(columns)) ** 2, 0) / max(columns - rank, 1)
+    common = np.zeros((rows, COMMON))
+    common[:, : beyond.size] = left[:, rank : rank + COMMON]
+    basis = jnp.asarray(right[:rank].T)
     subspace = BatchSubspace(
-        left=left[:, :rank],
-        singular_values=singular_values[:rank],
+        left=jnp.asarray(noise[:, None] * left[:, :rank]),
+        singular_values=jnp.asarray(values[:rank]),
         right=basis,
         directions=weight @ basis,
         weight_norm=jnp.sqrt(jnp.sum(weight**2, axis=1)),
         constant=basis[-1] if has_bias else jnp.zeros((rank,)),
-        noise=jnp.asarray(max(sigma, rounding)),
+        noise=jnp.asarray(noise),
+        common=jnp.asarray(noise[:, None] * common * np.sqrt(excess)),
         roundoff=jnp.asarray(unit_roundoff(dtype)),
     )
     return subspace, values
+
+
+def _whitened(matrix: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.linalg.svd(matrix / noise[:, None], full_matrices=False)

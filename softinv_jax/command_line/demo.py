@@ -1,4 +1,4 @@
-"""`softinv demo`: from images to a table, two pictures and the numbers behind them."""
+"""`softinv demo`: from images to a table, three pictures and the numbers behind them."""
 
 import argparse
 import dataclasses
@@ -24,8 +24,8 @@ TFDS_IMAGES = 5000
 _DESCRIPTION = """\
 Play client and server on real images: a small network (LeNet), untrained and briefly trained; clients that compute
 one gradient each with a hard, soft or dense label; and the attack, which sees the last layer's weights and gradient
-and nothing else. It is not told the label format and, in half of the runs, not the gradient's scale. The truth is
-used for the columns with errors only."""
+and nothing else. It is not told the label format and, in half of the runs, not the gradient's scale. Last, one
+gradient of a batch of four images, whose labels have four formats. The truth is used for errors only."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     start = time.perf_counter()
     # What follows loads jax, flax and matplotlib.
-    from softinv_jax.command_line import demo_files, experiment  # noqa: PLC0415
+    from softinv_jax.command_line import demo_batch, demo_files, experiment  # noqa: PLC0415
     from softinv_jax.report.summary import package_versions  # noqa: PLC0415
     from softinv_jax.report.tables import demo_tables  # noqa: PLC0415
 
@@ -90,7 +90,12 @@ def run(arguments: argparse.Namespace) -> None:
         networks, accuracy = experiment.prepare_networks(settings, train_data, report)
         examples, outcomes = experiment.run_experiment(settings, private, networks, report)
         rows = experiment.score(examples, outcomes)
+        batch = experiment.attack_one_batch(settings, private, networks, report)
         sentence = interpretation(rows)
+        batch_results = None
+        if batch is not None:
+            batch_results = demo_batch.batch_results(batch)
+            sentence += " " + demo_batch.batch_sentence(batch_results)
         results = {
             "dataset": private.name,
             "classes": list(private.class_names),
@@ -98,10 +103,11 @@ def run(arguments: argparse.Namespace) -> None:
             "training_accuracy": accuracy,
             "rows": [dataclasses.asdict(row) for row in rows],
             "first_run_seconds": [round(outcome.first_seconds, 2) for outcome in outcomes],
+            "batch": batch_results,
             "interpretation": sentence,
             "versions": package_versions(),
         }
-        files = demo_files.write_files(folder, examples, outcomes, private, results)
+        files = demo_files.write_files(folder, examples, outcomes, batch, private, results)
     if arguments.json:
         print(json.dumps(results, allow_nan=False, indent=1))
     console = person_console() if arguments.json else result_console()

@@ -1,4 +1,4 @@
-"""The demo's files: two pictures, results.json and results.npz."""
+"""The demo's files: up to three pictures, results.json and results.npz."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from softinv_jax.client.datasets import ImageDataset
+from softinv_jax.command_line.demo_batch import BatchOutcome, batch_figure
 from softinv_jax.command_line.experiment import Examples, Outcome
 from softinv_jax.command_line.recovery_file import write_atomically, write_npz
 from softinv_jax.labels.verdicts import Verdict, verdict_names
@@ -28,6 +29,7 @@ def write_files(
     folder: Path,
     examples: Examples,
     outcomes: Sequence[Outcome],
+    batch: BatchOutcome | None,
     private: ImageDataset,
     results: dict[str, Any],
 ) -> list[Path]:
@@ -45,6 +47,8 @@ def write_files(
         landscape = _landscape(examples, shown[-1])
         if landscape is not None:
             figures["landscape.png"] = landscape_figure(landscape)
+    if batch is not None:
+        figures["batch.png"] = batch_figure(batch, private)
     text = (json.dumps(results, allow_nan=False, indent=1) + "\n").encode()
     paths = [folder / name for name in (*figures, "results.json", "results.npz")]
     for name, figure in figures.items():

@@ -16,13 +16,14 @@ from softinv_jax.client.networks import LeNet, apply_function, initialise, initi
 from softinv_jax.client.soft_labels import sample_batch
 from softinv_jax.client.training import train
 from softinv_jax.command_line.console import Report
+from softinv_jax.command_line.demo_batch import BatchOutcome, attack_batch
 from softinv_jax.labels.many import recover_many
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.measures.label_error import feature_error, label_error
 from softinv_jax.observation.head import Observation, observe, observe_head
 from softinv_jax.report.tables import DemoRow
 
-__all__ = ["Examples", "Outcome", "Settings", "prepare_networks", "run_experiment", "score"]
+__all__ = ["Examples", "Outcome", "Settings", "attack_one_batch", "prepare_networks", "run_experiment", "score"]
 
 # A label whose entries are all within this of the true one is the true one for every purpose.
 RIGHT = 1e-3
@@ -100,8 +101,19 @@ def run_experiment(
                 seen = observe(observation.weight, np.asarray(observation.weight_gradient) * factors)
             outcomes.append(_attack(name, scale_known, seen, features))
             done += 1
-    report(total, total, "drawing pictures")
     return examples, outcomes
+
+
+def attack_one_batch(
+    settings: Settings, private: ImageDataset, networks: dict[str, Any], report: Report
+) -> BatchOutcome | None:
+    """The last stage: one gradient of a batch, on the last of the networks."""
+    total = _steps(settings, len(networks))
+    name, parameters = list(networks.items())[-1]
+    report(total - 1, total, f"attacking a batch on the {name} network")
+    outcome = attack_batch(jax.random.fold_in(jax.random.key(settings.seed, impl=KEYS), 6), private, name, parameters)
+    report(total, total, "drawing pictures")
+    return outcome
 
 
 def prepare_networks(settings: Settings, data: ImageDataset, report: Report) -> tuple[dict[str, Any], float | None]:
@@ -132,7 +144,7 @@ def prepare_networks(settings: Settings, data: ImageDataset, report: Report) -> 
 
 
 def _steps(settings: Settings, networks: int) -> int:
-    return settings.epochs + len(settings.label_formats) + networks * (1 + len(settings.scales_known))
+    return settings.epochs + len(settings.label_formats) + networks * (1 + len(settings.scales_known)) + 1
 
 
 def _draw(key: jax.Array, settings: Settings, private: ImageDataset, report: Report, total: int) -> Examples:

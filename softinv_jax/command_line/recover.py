@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from softinv_jax.command_line.console import InputError, progress_report, result_console
@@ -33,8 +32,9 @@ RECOVERY.npz holds, with NaN where nothing is recovered,
   residual (N, 1)        relative distance between the gradient and what the recovery predicts
   label_deviation (N, 1, C), kind, singled_out, weights, smoothing, scalar, interval, candidate_labels, ...
 
-With --batch-size B each gradient is the mean over B examples, and the axis of length 1 has length B: labels (N, B, C),
-features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), rank and joint_misfit (N,)."""
+With --batch-size B each gradient is the mean (or --reduction sum) over B examples, and the axis of length 1 has length
+B: labels (N, B, C), features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), rank and
+joint_misfit (N,)."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -67,6 +67,12 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         metavar="B",
         help="each gradient is the mean over B examples (B < C); auto: as many as its numerical rank (default: 1)",
     )
+    parser.add_argument(
+        "--reduction",
+        choices=("mean", "sum"),
+        default="mean",
+        help="whether a gradient is the mean over its batch or the sum, for --batch-size (mean)",
+    )
     parser.add_argument("--label-format", choices=("smoothing", "mixup"), help="the format for --method variance")
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
     parser.set_defaults(run=run)
@@ -80,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_method(arguments)
     from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
-    from softinv_jax.labels.many import recover_many  # noqa: PLC0415
+    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
 
     observation = observation_file.read_observation(arguments.observation)
     if observation.bias is not None and arguments.method == "variance":
@@ -138,26 +144,23 @@ def _batch_size(text: str) -> int | str:
 
 
 def _recover_batches(arguments: argparse.Namespace, observation: "Observation") -> None:
-    from softinv_jax.batches.batch_recovery import recover_batch  # noqa: PLC0415
     from softinv_jax.command_line import recovery_file  # noqa: PLC0415
+    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
     from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
 
     start = time.perf_counter()
     gradients = observation.weight_gradient.shape[0]
-    recoveries = []
     with progress_report() as report:
-        for index in range(gradients):
-            report(index, gradients, "recovering batches")
-            one = replace(
+        report(0, gradients, "recovering batches")
+        try:
+            recoveries = recover_many(
                 observation,
-                weight_gradient=observation.weight_gradient[index],
-                bias_gradient=None if observation.bias_gradient is None else observation.bias_gradient[index],
+                batch_size=arguments.batch_size,
+                reduction=arguments.reduction,
+                progress=lambda done, total: report(done, total, "recovering batches"),
             )
-            try:
-                recoveries.append(recover_batch(one, arguments.batch_size))
-            except ValueError as error:
-                raise InputError(str(error)) from error
-        report(gradients, gradients, "recovering batches")
+        except ValueError as error:
+            raise InputError(str(error)) from error
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
     summary = batch_summary(recoveries)
@@ -168,6 +171,7 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation") 
         "classes": observation.weight.shape[0],
         "features": observation.weight.shape[1],
         "batch_size": arguments.batch_size,
+        "reduction": arguments.reduction,
         "seconds": round(seconds, 3),
     }
     _show(arguments, context, summary, batch_table)
@@ -195,6 +199,8 @@ def _check_method(arguments: argparse.Namespace) -> None:
     if arguments.method == "variance" and arguments.unknown_scale:
         raise InputError("--method variance needs a known scale; use --method exact with --unknown-scale")
     if arguments.batch_size != 1 and (arguments.method != "exact" or arguments.unknown_scale):
-        raise InputError("--batch-size needs --method exact and a known scale (the mean over the batch)")
+        raise InputError("--batch-size needs --method exact and a known scale (see --reduction)")
+    if arguments.batch_size == 1 and arguments.reduction != "mean":
+        raise InputError("--reduction is for --batch-size: mean and sum are the same for one example")
     if arguments.method != "variance" and arguments.label_format is not None:
         raise InputError(f"--label-format is for --method variance only; {arguments.method} needs none")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from softinv_jax import Verdict, observe, recover, recover_batch
+from softinv_jax import Verdict, observe, recover
 from softinv_jax.batches import batch_recovery
+from softinv_jax.batches.batch_recovery import recover_batch
 
 CLASSES, FEATURES = 40, 96
 

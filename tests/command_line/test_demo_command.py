@@ -19,12 +19,13 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
     results = json.loads(captured.out)
     assert results == json.loads((folder / "results.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == [
+        "batch.png",
         "labels.png",
         "landscape.png",
         "results.json",
         "results.npz",
     ]
-    for name in ("labels.png", "landscape.png"):
+    for name in ("batch.png", "labels.png", "landscape.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
     hard, dense = results["rows"]
     assert (hard["network"], hard["label_format"], hard["scale_known"], hard["total"]) == ("untrained", "hard", True, 4)
@@ -35,6 +36,14 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
     assert hard["samples_per_second"] > 0
     assert (dense["wrong"], sum(dense["verdicts"].values())) == (0, 4)
     assert dense["verdicts"]["unidentifiable"] >= 3
+    batch = results["batch"]
+    assert batch["label_formats"] == ["hard", "smoothing", "mixup", "smoothed_mixup"]
+    told = [error for error in batch["label_errors"] if error is not None]
+    assert len(told) == sum(verdict in ("unique", "ambiguous") for verdict in batch["verdicts"])
+    assert told
+    assert max(told) < 1e-5
+    for true, recovered in zip(batch["true_labels"], batch["recovered_labels"], strict=True):
+        assert recovered is None or np.allclose(true, recovered, atol=1e-5)
     with np.load(folder / "results.npz", allow_pickle=False) as file:
         assert file["true_label"].shape == file["recovered_label"].shape == (8, 10)
         assert file["label_format"].tolist() == ["hard"] * 4 + ["dense"] * 4

@@ -1,0 +1,106 @@
+"""`recover` and `recover_many`: what gradients of one last layer give away, of one example each or of a batch."""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+from softinv_jax.batches.batch_recovery import BatchRecovery, Reduction, recover_batch
+from softinv_jax.labels import many, recovery
+from softinv_jax.labels.verdicts import Recovery
+from softinv_jax.observation.head import Observation, observe
+
+__all__ = ["BatchSize", "recover", "recover_many"]
+
+BatchSize = int | Literal["auto"]
+
+
+@overload
+def recover(  # type: ignore[overload-overlap]
+    observation: Observation, *, batch_size: Literal[1] = 1, **options: Any
+) -> Recovery: ...
+@overload
+def recover(
+    observation: Observation,
+    *,
+    batch_size: BatchSize,
+    reduction: Reduction = "mean",
+    progress: Callable[[int, int], None] | None = None,
+) -> BatchRecovery: ...
+def recover(observation: Observation, *, batch_size: BatchSize = 1, **options: Any) -> Recovery | BatchRecovery:
+    """Recover the soft labels and last-layer features behind one gradient of a last layer.
+
+    Args:
+      observation: `weight_gradient` (C, d); see `observe`.
+      batch_size: how many examples the gradient is the mean of. 1 is pure and works under `jax.jit` and `jax.vmap`;
+        larger ones, or `auto` (the gradient's numerical rank), search on the host.
+      options: for one example `method`, `unknown_scale`, `label_format` and `thorough`, as
+        `softinv_jax.labels.recovery.recover` describes them; for a batch `reduction` and `progress`, as
+        `softinv_jax.batches.batch_recovery.recover_batch` does.
+
+    Returns:
+      A `Recovery`, or a `BatchRecovery` for another batch size than 1.
+
+    Raises:
+      ValueError: for arrays `observe` refuses, and what the two functions refuse.
+    """
+    if _is_one(batch_size):
+        return recovery.recover(observation, **options)
+    return recover_batch(observation, batch_size, **_batch_options(options))
+
+
+@overload
+def recover_many(  # type: ignore[overload-overlap]
+    observation: Observation, *, batch_size: Literal[1] = 1, **options: Any
+) -> Recovery: ...
+@overload
+def recover_many(
+    observation: Observation,
+    *,
+    batch_size: BatchSize,
+    reduction: Reduction = "mean",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[BatchRecovery]: ...
+def recover_many(
+    observation: Observation, *, batch_size: BatchSize = 1, **options: Any
+) -> Recovery | list[BatchRecovery]:
+    """Recover what is behind N gradients (N, C, d), each of `batch_size` examples.
+
+    Args:
+      observation: `weight_gradient` (N, C, d).
+      batch_size: of each gradient; see `recover`.
+      options: as for `recover`, and `progress`, called with (gradients done, N).
+
+    Returns:
+      A `Recovery` with a leading axis N, or a list of N `BatchRecovery`.
+
+    Raises:
+      ValueError: as `recover`.
+    """
+    if _is_one(batch_size):
+        return many.recover_many(observation, **options)
+    options = _batch_options(options)
+    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    gradients = observation.weight_gradient
+    if gradients.ndim != 3:
+        raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradients.shape}; use recover for one")
+    report = options.pop("progress", None) or (lambda done, total: None)
+    recoveries = []
+    for index, gradient in enumerate(gradients):
+        bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
+        one = Observation(observation.weight, gradient, observation.bias, bias_gradient)
+        recoveries.append(recover_batch(one, batch_size, **options))
+        report(index + 1, len(gradients))
+    return recoveries
+
+
+def _is_one(batch_size: BatchSize) -> bool:
+    return isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size == 1
+
+
+def _batch_options(options: dict[str, Any]) -> dict[str, Any]:
+    refused = sorted(set(options) - {"reduction", "progress"})
+    if refused:
+        raise ValueError(
+            f"{' and '.join(refused)} {'is' if len(refused) == 1 else 'are'} for batch_size=1 only; a batch takes"
+            " reduction and progress"
+        )
+    return options
