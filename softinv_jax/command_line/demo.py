@@ -1,4 +1,4 @@
-"""`softinv demo`: from images to a table, three pictures and the numbers behind them."""
+"""`softinv demo`: from images to a table, four pictures and the numbers behind them."""
 
 import argparse
 import dataclasses
@@ -25,7 +25,8 @@ _DESCRIPTION = """\
 Play client and server on real images: a small network (LeNet), untrained and briefly trained; clients that compute
 one gradient each with a hard, soft or dense label; and the attack, which sees the last layer's weights and gradient
 and nothing else. It is not told the label format and, in half of the runs, not the gradient's scale. Last, one
-gradient of a batch of four images, whose labels have four formats. The truth is used for errors only."""
+gradient of a batch of four images, whose labels have four formats;
+and from the gradient of the whole network, images. The truth is used for errors only."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     start = time.perf_counter()
     # What follows loads jax, flax and matplotlib.
-    from softinv_jax.command_line import demo_batch, demo_files, experiment  # noqa: PLC0415
+    from softinv_jax.command_line import demo_batch, demo_files, demo_images, experiment  # noqa: PLC0415
     from softinv_jax.report.summary import package_versions  # noqa: PLC0415
     from softinv_jax.report.tables import demo_tables  # noqa: PLC0415
 
@@ -96,6 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
         if batch is not None:
             batch_results = demo_batch.batch_results(batch)
             sentence += " " + demo_batch.batch_sentence(batch_results)
+        report(0, 1, "inverting whole gradients, layer by layer")
+        pictures, image_results = demo_images.recover_images(networks["untrained"], examples, private)
+        sentence += " " + demo_images.images_sentence(image_results)
         results = {
             "dataset": private.name,
             "classes": list(private.class_names),
@@ -104,10 +108,11 @@ def run(arguments: argparse.Namespace) -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
             "first_run_seconds": [round(outcome.first_seconds, 2) for outcome in outcomes],
             "batch": batch_results,
+            "images": image_results,
             "interpretation": sentence,
             "versions": package_versions(),
         }
-        files = demo_files.write_files(folder, examples, outcomes, batch, private, results)
+        files = demo_files.write_files(folder, examples, outcomes, batch, pictures, private, results)
     if arguments.json:
         print(json.dumps(results, allow_nan=False, indent=1))
     console = person_console() if arguments.json else result_console()

@@ -1,4 +1,4 @@
-"""The demo's files: up to three pictures, results.json and results.npz."""
+"""The demo's files: up to four pictures, results.json and results.npz."""
 
 import json
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from softinv_jax.command_line.recovery_file import write_atomically, write_npz
 from softinv_jax.labels.verdicts import Verdict, verdict_names
 from softinv_jax.measures.label_error import feature_error, label_error
 from softinv_jax.report.figures import LabelExample, Landscape, labels_figure, landscape_figure
+from softinv_jax.report.image_figures import ImageExample, images_figure
 from softinv_jax.report.landscape import variance_landscape
 
 __all__ = ["write_files"]
@@ -30,6 +31,7 @@ def write_files(
     examples: Examples,
     outcomes: Sequence[Outcome],
     batch: BatchOutcome | None,
+    pictures: Sequence[ImageExample],
     private: ImageDataset,
     results: dict[str, Any],
 ) -> list[Path]:
@@ -49,6 +51,8 @@ def write_files(
             figures["landscape.png"] = landscape_figure(landscape)
     if batch is not None:
         figures["batch.png"] = batch_figure(batch, private)
+    caption = f"Private images, and what one gradient gives away of them (untrained LeNet, {private.name})"
+    figures["images.png"] = images_figure(pictures, caption)
     text = (json.dumps(results, allow_nan=False, indent=1) + "\n").encode()
     paths = [folder / name for name in (*figures, "results.json", "results.npz")]
     for name, figure in figures.items():

@@ -15,7 +15,7 @@ from softinv_jax.images.verdicts import image_verdict_names
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio
 from softinv_jax.report.image_figures import ImageExample
 
-__all__ = ["recover_images"]
+__all__ = ["images_sentence", "recover_images"]
 
 
 def recover_images(
@@ -49,3 +49,13 @@ def recover_images(
         finite = {key: float(value) if np.isfinite(value) else None for key, value in numbers.items()}
         rows.append({"label_format": name, "verdict": verdict, "psnr": quality, **finite})
     return shown, rows
+
+
+def images_sentence(rows: list[dict[str, Any]]) -> str:
+    """What the whole gradient gives away, in a sentence."""
+    exact = [row["psnr"] for row in rows if row["verdict"] == "exact"]
+    quality = f" ({min(exact):.0f} dB or better)" if exact else ""
+    return (
+        f"From the gradient of the whole network, {len(exact)} of {len(rows)} images come back exactly{quality};"
+        " where the label is dense, the last-layer feature is not known, and neither is the image."
+    )

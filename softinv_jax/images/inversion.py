@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_chain
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
-from softinv_jax.labels.many import recover_many
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe, observe_head
+from softinv_jax.recoveries import recover_many
 
 __all__ = ["invert", "match"]
 
@@ -194,19 +193,12 @@ def _recover_heads(
             np.asarray(result.feature)[:, None],
             np.asarray(result.verdict)[:, None],
         )
-    recoveries = [
-        recover_batch(_one(observation, index), batch_size) for index in range(len(observation.weight_gradient))
-    ]
+    recoveries = recover_many(observation, batch_size=batch_size)
     return (
         np.stack([one.label for one in recoveries]),
         np.stack([one.feature for one in recoveries]),
         np.stack([one.verdict for one in recoveries]),
     )
-
-
-def _one(observation: Observation, index: int) -> Observation:
-    bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
-    return Observation(observation.weight, observation.weight_gradient[index], observation.bias, bias_gradient)
 
 
 def match(
