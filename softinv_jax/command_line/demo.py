@@ -98,7 +98,9 @@ def run(arguments: argparse.Namespace) -> None:
             batch_results = demo_batch.batch_results(batch)
             sentence += " " + demo_batch.batch_sentence(batch_results)
         report(0, 1, "inverting whole gradients, layer by layer")
-        pictures, image_results = demo_images.recover_images(networks["untrained"], examples, private)
+        pictures, image_results = demo_images.recover_images(
+            networks["untrained"], examples, outcomes[0].recovery, private
+        )
         sentence += " " + demo_images.images_sentence(image_results)
         results = {
             "dataset": private.name,

@@ -12,6 +12,7 @@ from softinv_jax.command_line.experiment import Examples
 from softinv_jax.images.inversion import invert
 from softinv_jax.images.layer_chain import lenet_chain
 from softinv_jax.images.verdicts import image_verdict_names
+from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio
 from softinv_jax.report.image_figures import ImageExample
 
@@ -19,12 +20,12 @@ __all__ = ["images_sentence", "recover_images"]
 
 
 def recover_images(
-    parameters: Any, examples: Examples, private: ImageDataset
+    parameters: Any, examples: Examples, recovery: Recovery, private: ImageDataset
 ) -> tuple[list[ImageExample], list[dict[str, Any]]]:
     """Invert the gradient of the first example of each label format; none is chosen by how well it goes.
 
     Args:
-      parameters: of a LeNet. private: the data set the examples' images are normalised with.
+      parameters: of a LeNet. recovery: of the heads of all examples' gradients on it. private: the data set the examples' images are normalised with.
 
     Returns:
       What to draw, and for each: label_format, verdict, psnr in decibels (None where there is no image), residual,
@@ -35,7 +36,10 @@ def recover_images(
     images, labels = examples.images[chosen], examples.labels[chosen]
     network = LeNet(private.number_of_classes)
     gradients = per_sample_model_gradients(apply_function(network), parameters, images, labels)
-    result = invert(lenet_chain(), jax.device_get(parameters), jax.device_get(gradients), private.images.shape[1:])
+    heads = jax.tree.map(lambda leaf: leaf[chosen], recovery)
+    result = invert(
+        lenet_chain(), jax.device_get(parameters), jax.device_get(gradients), private.images.shape[1:], heads=heads
+    )
     original, recovered = (np.asarray(private.denormalise(array)) for array in (images, result.images[:, 0]))
     shown, rows = [], []
     for index, name in enumerate(formats):

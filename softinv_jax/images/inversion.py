@@ -16,7 +16,7 @@ from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_para
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
-from softinv_jax.labels.verdicts import Verdict
+from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe, observe_head
 from softinv_jax.recoveries import recover_many
 
@@ -33,6 +33,7 @@ def invert(
     *,
     batch_size: int = 1,
     unknown_scale: bool = False,
+    heads: Recovery | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageRecovery:
     """Recover labels and last-layer features from the head, and from these the images, layer by layer.
@@ -46,6 +47,7 @@ def invert(
       image_shape: (H, W, channels).
       batch_size: B examples behind each gradient, which is their mean.
       unknown_scale: the gradients carry an unknown factor (learning rate, sign); for batch_size 1 only.
+      heads: what `recover_many` made of the heads of the N gradients, if that has been done, for batch_size 1 only.
       progress: called with (gradients done, N).
 
     Returns:
@@ -61,7 +63,12 @@ def invert(
         raise ValueError("unknown_scale needs batch_size 1")
     counts = count_equations(chain, parameters, image_shape, batch_size)
     total = _check_gradients(chain, parameters, gradients)
-    labels, features, label_verdict = _recover_heads(_head(chain, parameters, gradients), batch_size, unknown_scale)
+    if heads is None:
+        labels, features, label_verdict = _recover_heads(_head(chain, parameters, gradients), batch_size, unknown_scale)
+    else:
+        labels, features, label_verdict = _single(heads)
+        if batch_size > 1 or len(labels) != total:
+            raise ValueError(f"heads hold {len(labels)} recoveries of single examples for {total} gradients")
     report = progress or (lambda done, total: None)
     names = tuple(count.layer for count in counts)
     found = label_verdict >= Verdict.AMBIGUOUS
@@ -187,18 +194,19 @@ def _recover_heads(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels (N, B, C), features (N, B, d) and verdicts (N, B) from the head's gradients."""
     if batch_size == 1:
-        result = recover_many(observation, unknown_scale=unknown_scale)
-        return (
-            np.asarray(result.label)[:, None],
-            np.asarray(result.feature)[:, None],
-            np.asarray(result.verdict)[:, None],
-        )
+        return _single(recover_many(observation, unknown_scale=unknown_scale))
     recoveries = recover_many(observation, batch_size=batch_size)
     return (
         np.stack([one.label for one in recoveries]),
         np.stack([one.feature for one in recoveries]),
         np.stack([one.verdict for one in recoveries]),
     )
+
+
+def _single(result: Recovery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    arrays = (result.label, result.feature, result.verdict)
+    label, feature, verdict = (np.asarray(array)[:, None] for array in arrays)
+    return label, feature, verdict
 
 
 def match(

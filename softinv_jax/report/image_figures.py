@@ -41,8 +41,8 @@ def images_figure(examples: Sequence[ImageExample], caption: str) -> Figure:
     grid = figure.subplots(3, len(examples), squeeze=False)
     for column, example in enumerate(examples):
         difference = np.abs(np.clip(example.recovered, 0, 1) - np.clip(example.original, 0, 1))
-        largest = float(np.max(difference)) if np.all(np.isfinite(difference)) else math.nan
-        # By a power of ten, so that the largest difference is between a tenth and all of the range.
+        largest = float(np.quantile(difference, 0.99)) if np.all(np.isfinite(difference)) else math.nan
+        # By a power of ten, so that all but the largest differences are between a tenth and all of the range.
         power = math.floor(-math.log10(largest)) if largest > 0 else 0
         _show(grid[0, column], example.original, example.title, "")
         _show(grid[1, column], example.recovered, example.verdict.replace("_", " "), example.note)
