@@ -105,7 +105,7 @@ ODD_CHAIN = (
 
 
 def make_odd_client() -> Client:
-    shapes = {"conv1": (3, 2, 3, 16), "conv2": (3, 2, 16, 24), "dense": (11 * 4 * 24, 48), "head": (48, CLASSES)}
+    shapes = {"conv1": (3, 2, 3, 16), "conv2": (3, 2, 16, 24), "dense": (11 * 4 * 24, 32), "head": (32, CLASSES)}
     drawn = draw_parameters(shapes, bias=True)
     parameters = {"block": {name: drawn.pop(name) for name in ("conv1", "conv2")}} | drawn
     images, restore = photographs(12, 10)
@@ -159,7 +159,7 @@ def test_lenet_on_photographs() -> None:
     check_exact(client, client.invert(scaled, unknown_scale=True))
 
 
-@pytest.mark.parametrize(("activation", "bias"), [("relu", False), ("relu", True), ("tanh", True)])
+@pytest.mark.parametrize(("activation", "bias"), [("relu", False), ("tanh", True)])
 def test_fully_connected(activation: str, bias: bool) -> None:
     client = make_client(fcn_chain(3, activation), (8, 8), FCN_SHAPES, bias=bias)
     found = client.invert()
