@@ -261,7 +261,9 @@ def test_noise_is_not_exact(small_convolution: Client, noise: float) -> None:
 
 def test_bad_samples_do_not_spoil_the_others(small_convolution: Client) -> None:
     """A label that cannot be told, a zero gradient and one of another image's convolution, then a good one."""
-    client = small_convolution
+    # Without a bias: a head's bias gradient would tell any label.
+    shapes = {"conv": (3, 3, 3, 12), "head": (4 * 4 * 12, CLASSES)}
+    client = make_client(small_convolution.chain, (8, 8), shapes, bias=False)
     dense = np.random.default_rng(0).dirichlet(np.ones(CLASSES)).astype(np.float32)
     (unknown,) = (
         jax.device_get(per_sample_model_gradients(apply_of(client.chain), client.parameters, images, labels))
