@@ -1,10 +1,19 @@
 """Before any inversion: has each layer of a chain as many equations as unknowns?"""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softinv_jax.images.layer_chain import ACTIVATIONS, Activation, Chain, Convolution, Dense, chain_inputs
+from softinv_jax.images.layer_chain import (
+    ACTIVATIONS,
+    Activation,
+    Chain,
+    Convolution,
+    Dense,
+    chain_inputs,
+    layer_parameters,
+)
 
 __all__ = ["LayerCount", "count_equations"]
 
@@ -17,17 +26,19 @@ class LayerCount:
       layer: name. unknowns: entries of the input.
       forward_equations: entries of the output, zero where the activation after it is not one to one.
       gradient_equations: of dL/dK, no more than can be independent of each other.
+      unmet: entries of the input that no window of the convolution meets; no equation has them.
     """
 
     layer: str
     unknowns: int
     forward_equations: int
     gradient_equations: int
+    unmet: int = 0
 
     @property
     def determined(self) -> bool:
         """Necessary, not sufficient: equations may depend on each other for other reasons."""
-        return self.forward_equations + self.gradient_equations >= self.unknowns
+        return self.unmet == 0 and self.forward_equations + self.gradient_equations >= self.unknowns
 
 
 def count_equations(
@@ -59,10 +70,9 @@ def count_equations(
         else:
             unknowns = batch_size * inputs[0] * inputs[1] * inputs[2]
             gradient = inputs[2] * _gradient_rank(layer, parameters, inputs, outputs, batch_size)
-        size = 1
-        for length in outputs:
-            size *= length
-        counts.append(LayerCount(layer.name, unknowns, batch_size * size if invertible else 0, gradient))
+        unmet = _unmet(layer, parameters, inputs, outputs) * batch_size if isinstance(layer, Convolution) else 0
+        forward = batch_size * math.prod(outputs) if invertible else 0
+        counts.append(LayerCount(layer.name, unknowns, forward, gradient, unmet))
     return counts
 
 
@@ -70,16 +80,39 @@ def _gradient_rank(
     layer: Convolution, parameters: Mapping[str, Any], inputs: tuple[int, ...], outputs: tuple[int, ...], batch: int
 ) -> int:
     """Of one input channel's gradient equations, how many can be independent."""
-    found: Any = parameters
-    for part in layer.name.split("/"):
-        found = found[part]
-    height, width = found["kernel"].shape[:2]
-    total = 0
-    for row in range(layer.strides[0]):
-        for column in range(layer.strides[1]):
-            taps = len(range(row, height, layer.strides[0])) * len(range(column, width, layer.strides[1]))
-            # Pixel i meets offset i + padding - stride * position: its phase is that of i + padding.
-            rows = len(range((row - layer.padding[0][0]) % layer.strides[0], inputs[0], layer.strides[0]))
-            columns = len(range((column - layer.padding[1][0]) % layer.strides[1], inputs[1], layer.strides[1]))
-            total += min(taps * outputs[2], rows * columns * batch)
-    return total
+    rows, columns = _meetings(layer, parameters, inputs, outputs)
+    return sum(
+        min(taps * other_taps * outputs[2], pixels * other_pixels * batch)
+        for taps, pixels in rows
+        for other_taps, other_pixels in columns
+    )
+
+
+def _unmet(layer: Convolution, parameters: Mapping[str, Any], inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    rows, columns = (sum(pixels for _, pixels in phases) for phases in _meetings(layer, parameters, inputs, outputs))
+    return (inputs[0] * inputs[1] - rows * columns) * inputs[2]
+
+
+def _meetings(
+    layer: Convolution, parameters: Mapping[str, Any], inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> list[list[tuple[int, int]]]:
+    """`_phases` of the rows and of the columns."""
+    kernel = layer_parameters(parameters, layer.name)["kernel"].shape
+    return [
+        _phases(inputs[axis], kernel[axis], layer.strides[axis], layer.padding[axis][0], outputs[axis])
+        for axis in range(2)
+    ]
+
+
+def _phases(size: int, kernel: int, stride: int, before: int, positions: int) -> list[tuple[int, int]]:
+    """For each phase along one axis: kernel entries that meet a pixel, pixels that are met. Borders may be unmet."""
+    phases = []
+    for phase in range(stride):
+        meetings = [
+            (tap, tap + stride * position - before)
+            for tap in range(phase, kernel, stride)
+            for position in range(positions)
+            if 0 <= tap + stride * position - before < size
+        ]
+        phases.append((len({tap for tap, _ in meetings}), len({pixel for _, pixel in meetings})))
+    return phases

@@ -109,7 +109,8 @@ def invert_chain(
         known.value,
         known.value_deviation,
         logit_gradient,
-        *(jnp.stack([getattr(one, name) for one in met]) for name in _Met._fields),
+        # A head alone has no layer before it.
+        *(jnp.stack([getattr(one, name) for one in met]) if met else jnp.zeros(0) for name in _Met._fields),
     )
 
 
