@@ -25,7 +25,8 @@ def recover_images(
     """Invert the gradient of the first example of each label format; none is chosen by how well it goes.
 
     Args:
-      parameters: of a LeNet. recovery: of the heads of all examples' gradients on it. private: the data set the examples' images are normalised with.
+      parameters: of a LeNet. recovery: of the heads of all examples' gradients on it.
+      private: the data set the examples' images are normalised with.
 
     Returns:
       What to draw, and for each: label_format, verdict, psnr in decibels (None where there is no image), residual,

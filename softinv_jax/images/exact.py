@@ -147,7 +147,9 @@ def _undo_activation(layer: Activation, known: _Known) -> _Known:
     value, deviation = known.value, known.value_deviation
     reach = CERTAIN * deviation
     certain = (value > function.low + reach) & (value < function.high - reach)
-    inside = jnp.clip(value, function.low + deviation, function.high - deviation)
+    # A deviation beyond the whole range must not lead out of it.
+    margin = jnp.minimum(deviation, (function.high - function.low) / 4)
+    inside = jnp.clip(value, function.low + margin, function.high - margin)
     before = function.invert(inside if function.one_to_one else value)
 
     def slope(inputs: jax.Array) -> jax.Array:

@@ -156,6 +156,8 @@ def _check_gradients(chain: Chain, parameters: Mapping[str, Any], gradients: Map
     total = 0
     for name in _kernel_layers(chain):
         held = layer_parameters(parameters, name)
+        for part, array in held.items():
+            check_finite(f"parameters {name}/{part}", array)
         try:
             given = layer_parameters(gradients, name)
         except ValueError as error:
@@ -163,7 +165,9 @@ def _check_gradients(chain: Chain, parameters: Mapping[str, Any], gradients: Map
         for part, array in given.items():
             expected = tuple(held[part].shape) if part in held else None
             shape = tuple(array.shape)
-            if expected is None or shape[1:] != expected or not shape or shape[0] < 1:
+            if expected is None:
+                raise ValueError(f"gradients have {name}/{part}, but the parameters do not; leave it out")
+            if shape[1:] != expected or not shape or shape[0] < 1:
                 raise ValueError(
                     f"gradients of {name}/{part} have shape {shape}, but (N, *{expected}) is needed, as the parameters'"
                 )

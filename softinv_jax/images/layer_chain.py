@@ -208,6 +208,9 @@ def check_chain(chain: Chain) -> None:
     """Raise ValueError unless the layers can follow each other: images first, vectors from one `Flatten` on."""
     if not chain or not isinstance(chain[-1], Dense):
         raise ValueError("the last layer of a chain must be the Dense head")
+    names = [layer.name for layer in chain if isinstance(layer, Convolution | Dense)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a chain names each layer once, but has {', '.join(names)}; layers cannot share parameters")
     flat = False
     for layer in chain:
         if isinstance(layer, Flatten):
