@@ -20,12 +20,13 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
     assert results == json.loads((folder / "results.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == [
         "batch.png",
+        "images.png",
         "labels.png",
         "landscape.png",
         "results.json",
         "results.npz",
     ]
-    for name in ("batch.png", "labels.png", "landscape.png"):
+    for name in ("batch.png", "images.png", "labels.png", "landscape.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
     hard, dense = results["rows"]
     assert (hard["network"], hard["label_format"], hard["scale_known"], hard["total"]) == ("untrained", "hard", True, 4)
@@ -44,6 +45,11 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
     assert max(told) < 1e-5
     for true, recovered in zip(batch["true_labels"], batch["recovered_labels"], strict=True):
         assert recovered is None or np.allclose(true, recovered, atol=1e-5)
+    hard_image, dense_image = results["images"]
+    assert (hard_image["label_format"], hard_image["verdict"]) == ("hard", "exact")
+    # 8 bits are 59 dB.
+    assert hard_image["psnr"] > 60
+    assert (dense_image["verdict"], dense_image["psnr"]) == ("not_found", None)
     with np.load(folder / "results.npz", allow_pickle=False) as file:
         assert file["true_label"].shape == file["recovered_label"].shape == (8, 10)
         assert file["label_format"].tolist() == ["hard"] * 4 + ["dense"] * 4
