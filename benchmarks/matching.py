@@ -7,9 +7,9 @@
 `speed`: milliseconds a step with 1, 8 and 32 restarts at once, compilation apart. `labels`: PSNR and SSIM by where the
 label comes from (the paper's table 3); `true` is what an oracle would do, `hard` the class of its largest entry,
 `joint` optimises it together with the image, `recovered` takes it from `softinv_jax.recover_many`. `methods`: matching
-of g, f, and gf (table 4) with the recovered label and feature. `--second-order` adds Levenberg-Marquardt from noise with
-the recovered label, no total variation, one start. Restarts are chosen by their own loss; images without a recovered
-label are counted as failed and not redrawn. The truth is used to measure only, and by the modes that say so.
+of g, f, and gf (table 4) with the recovered label and feature. `--second-order` adds Levenberg-Marquardt from noise
+with the recovered label, no total variation, one start. Restarts are chosen by their own loss; images without a
+recovered label are counted as failed and not redrawn. The truth is used to measure only, and by the modes that say so.
 """
 
 from __future__ import annotations
