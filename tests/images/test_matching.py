@@ -1,5 +1,6 @@
 """Gradient matching end to end on a small network, and what it refuses."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +29,16 @@ from softinv_jax.images.objective import (
 @pytest.fixture(scope="module")
 def client_data() -> Client:
     return make_client()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_programs() -> Iterator[None]:
+    """Programs that take half the time to compile, and only a few steps to run."""
+    options = {"static_argnames": "problem", "compiler_options": {"xla_backend_optimization_level": 0}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_start", "_advance", "_finish"):
+            patch.setattr(matching, name, jax.jit(getattr(matching, name).__wrapped__, **options))
+        yield
 
 
 ADAM = MatchingSettings(optimiser="adam", steps=600, total_variation=0.0)
@@ -87,8 +98,8 @@ def test_examples_at_once_are_examples_alone(client_data: Client) -> None:
         np.testing.assert_allclose(alone.loss_trace, several.loss_trace[index], rtol=1e-3)
 
 
-def test_compiled_is_eager(client_data: Client) -> None:
-    """The loop of `match_gradient` against the pure one-example functions, called one by one."""
+def test_the_loop_is_its_steps(client_data: Client, quick_jit: Any) -> None:
+    """`match_gradient` against the pure one-example functions, step by step; the last loss without any compilation."""
     gradient = jax.tree.map(lambda leaf: leaf[0], client_data.gradients)
     # Not a constant: at a kink of the total variation, rounding decides where to go.
     start = client_data.images[1]
@@ -107,9 +118,10 @@ def test_compiled_is_eager(client_data: Client) -> None:
         kept=kept,
     )
     optimiser = make_optimiser(settings)
+    step = quick_jit(lambda descent: descend(descent, target, loss_of, optimiser))
     descent, losses = start_descent(Guess(jnp.asarray(start), None), optimiser), []
     for _ in range(4):
-        descent, loss = descend(descent, target, loss_of, optimiser)
+        descent, loss = step(descent)
         losses.append(float(loss))
     best, best_loss = best_guess(descent, loss_of(descent.guess))
     box = {"low": client_data.low, "high": client_data.high}
