@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from accuracy import FORMATS, head_and_features, load_data, networks
+from clients import FORMATS, head_and_features, load_data, networks
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from accuracy import load_data
+from clients import load_data
 from rich.console import Console
 from rich.table import Table
 

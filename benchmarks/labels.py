@@ -1,18 +1,17 @@
 """How fast are soft labels recovered, beside the published procedure and a plain sum over the same gradients?
 
-    python benchmarks/labels.py [--quick] [--json FILE]
+    python benchmarks/labels.py [--peak-bandwidth GB/S] [--quick | --full]
 
 For each (C, d): untrained head U(-0.5, 0.5), sigmoid features, mixup labels (the harder format), float32 gradients.
 Compile time is reported apart; every timing blocks until the result is ready and is the best of several runs, with
-`jnp.sum` over the same gradients timed in turn with ours. The published procedure (needs the extra `peers`) and our
-`variance` rendering of its loss run on the first few of the same gradients.
+`jnp.sum` over the same gradients timed in turn with ours. "CPU" is the processor time of all threads for one sample:
+on an idle machine with N cores the wall time is down to 1/N of it. "of peak" is bytes of gradient read per second over
+the memory bandwidth given. The published procedure (extra `peers`) and our `variance` rendering of its loss run on the
+first few of the same gradients. On several devices the examples are shared out among all of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from runner import Run, option_parser
 
 import softinv_jax
 from softinv_jax.client import per_sample_last_layer_gradients
@@ -87,10 +85,15 @@ def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[st
     weight, labels, gradients = make_gradients(number_of_classes, features, examples, seed=0)
     observation = softinv_jax.observe(weight, gradients)
     total = jax.jit(jnp.sum)
-    timings = best_of_each(
-        {"exact": lambda: softinv_jax.recover_many(observation), "sum": lambda: total(gradients)}, RUNS
-    )
-    result = softinv_jax.recover_many(observation)
+    devices = jax.local_devices() if jax.local_device_count() > 1 else None
+
+    def exact() -> softinv_jax.Recovery:
+        return softinv_jax.recover_many(observation, devices=devices)
+
+    timings = best_of_each({"exact": exact, "sum": lambda: total(gradients)}, RUNS)
+    begun = time.process_time()
+    result = exact()
+    processor_seconds = time.process_time() - begun
     few = min(256 if number_of_classes < 1000 else 16, examples)
     few_observation = softinv_jax.observe(weight, gradients[:few])
 
@@ -108,6 +111,7 @@ def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[st
         "compile_seconds": exact_time[0],
         "recovered": int(np.sum(result.verdict == softinv_jax.Verdict.UNIQUE)),
         "largest_label_error": float(np.max(label_error(result.label, labels).largest)),
+        "processor_microseconds": 1e6 * processor_seconds / examples,
         "times_plain_sum": exact_time[1] / sum_time[1],
         "sum_gigabytes_per_second": gradients.nbytes / sum_time[1] / 1e9,
         "gigabytes_per_second": gradients.nbytes / exact_time[1] / 1e9,
@@ -119,50 +123,44 @@ def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[st
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    table = Table(title="Soft labels per second, mixup, format unknown to exact")
-    columns = (
-        "(C, d)",
-        "exact / s",
-        "recovered",
-        "x plain sum",
-        "compile s",
-        "variance / s",
-        "published / s",
-        "speed-up",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        peer = row["published"]
-        rate = 1 / peer["seconds_per_sample"] if peer else None
-        table.add_row(
-            f"({row['classes']}, {row['features']})",
-            f"{row['samples_per_second']:,.0f}",
-            f"{row['recovered']}/{row['examples']}",
-            f"{row['times_plain_sum']:.1f}",
-            f"{row['compile_seconds']:.1f}",
-            f"{row['variance_samples_per_second']:,.0f} ({row['variance_recovered']}/{row['variance_total']})",
-            f"{rate:.1f} ({peer['recovered']}/{peer['total']})" if peer and rate else "skipped",
-            f"{row['samples_per_second'] / rate:,.0f}" if rate else "",
-        )
-    Console().print(table)
+def columns(peak: float | None) -> dict[str, Callable[[dict[str, Any]], object]]:
+    """Of the table; `peak` memory bandwidth in gigabytes per second."""
+
+    def rate(row: dict[str, Any]) -> float | None:
+        return 1 / row["published"]["seconds_per_sample"] if row["published"] else None
+
+    found: dict[str, Callable[[dict[str, Any]], object]] = {
+        "(C, d)": lambda row: f"({row['classes']}, {row['features']})",
+        "exact / s": lambda row: f"{row['samples_per_second']:,.0f}",
+        "recovered": lambda row: f"{row['recovered']} of {row['examples']}",
+        "CPU, us each": lambda row: f"{row['processor_microseconds']:.1f}",
+        "x plain sum": lambda row: f"{row['times_plain_sum']:.1f}",
+        "compile s": lambda row: f"{row['compile_seconds']:.1f}",
+        "variance / s": lambda row: (
+            f"{row['variance_samples_per_second']:,.0f} ({row['variance_recovered']} of {row['variance_total']})"
+        ),
+        "published / s": lambda row: (
+            f"{rate(row):.1f} ({row['published']['recovered']} of {row['published']['total']})"
+            if row["published"]
+            else "skipped: extra peers"
+        ),
+    }
+    if peak is not None:
+        found["of peak, %"] = lambda row: f"{100 * row['gigabytes_per_second'] / peak:.1f}"
+    return found
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest shape only, and fewer peer samples")
-    parser.add_argument("--json", metavar="FILE", help="write the rows and the versions there")
+    parser = option_parser(__doc__)
+    parser.add_argument("--peak-bandwidth", type=float, metavar="GB/S", help="of the device's memory, to compare with")
     arguments = parser.parse_args()
+    run = Run("labels", arguments)
     shapes = dict(list(SHAPES.items())[: 1 if arguments.quick else None])
-    rows = [measure(shape, examples, 5 if arguments.quick else 20) for shape, examples in shapes.items()]
-    show(rows)
-    if arguments.json:
-        versions = {"jax": jax.__version__, "python": platform.python_version(), "device": str(jax.devices()[0])}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"versions": versions, "rows": rows}, file, indent=2)
+    for shape, examples in shapes.items():
+        few = run.size(256, examples, 16 * examples)
+        run.add(**measure(shape, few, run.size(3, 10, 100)))
+    run.finish("Soft labels per second, mixup, format unknown to exact", columns(arguments.peak_bandwidth))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Label error under additive noise, against the Cramer-Rao bound.
 
-    python benchmarks/noise.py [--samples 1000] [--levels 1e-6 1e-5 1e-4 1e-3 1e-2] [--json FILE]
+    python benchmarks/noise.py [--samples 200] [--levels 1e-6 1e-5 1e-4 1e-3 1e-2] [--quick | --full]
 
 Gaussian noise of the given fraction of each gradient's largest entry; C = 10, d = 768, head U(-0.5, 0.5), sigmoid
 features, all formats, none told; gradients in float64, so that the noise is the only error. The bound is that of an
@@ -11,22 +11,19 @@ square of the errors over that of the bounds (column "pooled") is that of the on
 
 from __future__ import annotations
 
-import argparse
-import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from clients import FORMATS
+from runner import Run, new_figure, option_parser
 
 import softinv_jax
 from softinv_jax.client import per_sample_last_layer_gradients, sample_batch
 from softinv_jax.measures.cramer_rao import label_bound
 from softinv_jax.measures.label_error import label_error
 
-FORMATS = ("hard", "smoothing", "mixup", "smoothed_mixup")
 CLASSES, FEATURES = 10, 768
 
 
@@ -84,37 +81,48 @@ def summarise(level: float, family: str, measured: dict[str, np.ndarray]) -> dic
     }
 
 
+def draw(rows: list[dict[str, Any]]) -> Any:
+    """The ratio over the noise, by format."""
+    figure = new_figure(5, 3.5)
+    axes = figure.subplots()
+    for family in (*FORMATS, "all"):
+        own = [row for row in rows if row["format"] == family]
+        axes.loglog([row["noise"] for row in own], [row["ratio"] for row in own], "o-", label=family.replace("_", " "))
+    axes.axhline(1, color="grey", linestyle=":")
+    axes.set(xlabel="noise over the gradient's largest entry", ylabel="label error / Cramer-Rao bound")
+    axes.legend(fontsize=8)
+    return figure
+
+
+COLUMNS = {
+    "noise": lambda row: f"{row['noise']:.0e}",
+    "format": lambda row: row["format"].replace("_", " "),
+    "samples": lambda row: row["samples"],
+    "error / bound": lambda row: f"{row['ratio']:.2f}",
+    "median": lambda row: f"{row['median_ratio']:.2f}",
+    "pooled": lambda row: f"{row['pooled_ratio']:.2f}",
+    "not found": lambda row: row["not_found"],
+    "> 6 bounds": lambda row: row["beyond_six_bounds"],
+    "unique": lambda row: row["unique"],
+    "wrong unique": lambda row: row["wrong_unique"],
+}
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1000, help="of each format at each level")
+    parser = option_parser(__doc__)
+    parser.add_argument("--samples", type=int, help="of each format at each level")
     parser.add_argument("--levels", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-    parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    rows = []
-    for level in track(arguments.levels, description="noise levels"):
-        measured = [errors_and_bounds(family, level, arguments.samples, seed) for seed, family in enumerate(FORMATS)]
-        rows += [summarise(level, family, part) for family, part in zip(FORMATS, measured, strict=True)]
-        rows.append(
-            summarise(level, "all", {key: np.concatenate([part[key] for part in measured]) for key in measured[0]})
-        )
-    table = Table(title="label error / Cramer-Rao bound, root mean square over samples")
-    columns = ("noise", "format", "ratio", "median", "pooled", "not found", "> 6 bounds", "unique", "wrong unique")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['noise']:.0e}",
-            str(row["format"]),
-            f"{row['ratio']:.2f}",
-            f"{row['median_ratio']:.2f}",
-            f"{row['pooled_ratio']:.2f}",
-            *(str(row[key]) for key in ("not_found", "beyond_six_bounds", "unique", "wrong_unique")),
-        )
-    Console(width=110).print(table)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"jax": jax.__version__, "rows": rows}, file, indent=2)
+    run = Run("noise", arguments)
+    samples = arguments.samples or run.size(16, 200, 1000)
+    for level in run.track(arguments.levels, "noise levels"):
+        measured = [errors_and_bounds(family, level, samples, seed) for seed, family in enumerate(FORMATS)]
+        for family, part in zip(FORMATS, measured, strict=True):
+            run.add(**summarise(level, family, part))
+        everything = {key: np.concatenate([part[key] for part in measured]) for key in measured[0]}
+        run.add(**summarise(level, "all", everything))
+    run.finish("Label error over its Cramer-Rao bound, root mean square over samples", COLUMNS, draw)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import NoReturn
 
 from softinv_jax.command_line import demo, invert, recover
+from softinv_jax.command_line.compilation_cache import keep_compiled_programs
 from softinv_jax.command_line.console import InputError
 
 __all__ = ["main"]
@@ -56,32 +56,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=_versions())
+    parser.add_argument(
+        "--no-compilation-cache",
+        dest="compilation_cache",
+        action="store_false",
+        help="do not keep compiled programs for the next run (they go to ~/.cache/softinv, or where the variable"
+        " JAX_COMPILATION_CACHE_DIR says)",
+    )
     commands = parser.add_subparsers(dest="command", metavar="{demo,recover,invert}", required=True)
     demo.add_parser(commands)
     recover.add_parser(commands)
     invert.add_parser(commands)
     return parser
-
-
-def _keep_compiled_programs() -> None:
-    """Compiling takes most of a short run: keep the programs for the next one, unless the user chose a place."""
-    import jax  # noqa: PLC0415 - the parser does not need it
-
-    if "JAX_LOGGING_LEVEL" not in os.environ:
-        # jax 0.10 reports an error for every kept program it loads although nothing is wrong with it.
-        jax.config.update("jax_logging_level", "CRITICAL")
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-        return
-    # By machine, because a home folder may be shared between machines with different processors.
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "softinv" / f"jax-{jax.__version__}-{platform.node()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(folder, os.W_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        _keep_compiled_programs()
+        if arguments.compilation_cache:
+            keep_compiled_programs()
         arguments.run(arguments)
         sys.stdout.flush()
     except InputError as error:

@@ -100,8 +100,10 @@ def score_hypotheses(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
     agreeing = jnp.abs(label - hypotheses.level[:, None]) <= level_margin
     possible = jnp.all((label >= -margin) & (label <= 1 + margin), axis=1)
     nats = jnp.where(agreeing, _surprise(level_margin, gradient), 0.0)
-    own = jnp.sort(take_rows(nats, hypotheses.classes), axis=1)
-    total = jnp.sum(nats, axis=1) - jnp.sum(own[:, -fitted_parameters(unknowns) :], axis=1)
+    own = take_rows(nats, hypotheses.classes)
+    total = jnp.sum(nats, axis=1) - jnp.sum(own, axis=1)
+    if fitted_parameters(unknowns) == 2:  # The weakest of the three classes was not needed to fit them.
+        total = total + jnp.min(own, axis=1)
     return jnp.where(possible & ~jnp.isnan(scalar), total, -1.0)
 
 

@@ -11,12 +11,17 @@ from softinv_jax.float64 import argmin
 __all__ = ["odd_class"]
 
 
-def odd_class(left: jax.Array, right_sum: jax.Array) -> jax.Array:
-    """() int32 index of the most negative row.
+def odd_class(left: jax.Array, orientation: jax.Array) -> jax.Array:
+    """() int32 index of the row of the odd sign.
 
     Args:
       left: (C,) u.
-      right_sum: () sum of v. Features are taken to be non-negative, as after ReLU or a sigmoid, so that v is
-        oriented to a positive sum.
+      orientation: () decides where u has several entries of either sign, as for a soft label: u is turned by its sign,
+        and the most negative row taken. The sum of v says it for non-negative features, as after ReLU or a sigmoid;
+        the entry of v that belongs to a bias for all.
     """
-    return argmin(left * jnp.where(right_sum < 0, -1.0, 1.0))
+    positive, negative = jnp.sum(left > 0), jnp.sum(left < 0)
+    sign = jnp.where(orientation < 0, -1.0, 1.0)
+    sign = jnp.where((negative == 1) & (positive > 1), 1.0, sign)
+    sign = jnp.where((positive == 1) & (negative > 1), -1.0, sign)
+    return argmin(left * sign)

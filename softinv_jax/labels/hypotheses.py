@@ -92,6 +92,8 @@ def _ranked_classes(direction: jax.Array) -> jax.Array:
 
 def _falling(direction: jax.Array, members: jax.Array) -> jax.Array:
     """(H, 3) classes with falling direction in each row; the spread classes can lie anywhere."""
+    if direction.size <= ALL_RANKED:  # The ranking is complete, and the plan's rows rise in it.
+        return members
     return take_rows(members, argsort(-direction[members]))
 
 

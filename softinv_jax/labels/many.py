@@ -1,6 +1,8 @@
 """`recover_many`: thousands of gradients, the fast search for all and the thorough one for those that need it."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -8,6 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softinv_jax.float64 import in_float64
 from softinv_jax.labels.recovery import Method, recover
@@ -32,6 +35,7 @@ def recover_many(
     unknown_scale: bool = False,
     label_format: Literal["smoothing", "mixup"] | None = None,
     thorough: bool = False,
+    devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recovery:
     """Recover every example of an observation.
@@ -41,6 +45,9 @@ def recover_many(
       method, unknown_scale, label_format: see `recover`.
       thorough: search all examples thoroughly at once. Otherwise only those the fast search leaves without a sharp
         unique label.
+      devices: share the examples out among these devices of this process, `jax.local_devices()` for all of them;
+        None: the default device. For several processes, and for more examples than memory holds, see
+        `softinv_jax.streaming`.
       progress: called with (examples done, N) as work proceeds.
 
     Returns:
@@ -62,7 +69,9 @@ def recover_many(
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
     examples = gradient.shape[0]
     options = _Options(method, unknown_scale, label_format)
-    chunk = _chunk_size(examples, gradient[0].size * gradient.dtype.itemsize)
+    place = _Place(tuple(devices or ()))
+    share = _chunk_size(-(-examples // place.shares), gradient.dtype.itemsize * int(np.prod(gradient.shape[1:])))
+    chunk = share * place.shares
     # The search computes in float64 anyway: converted here, W is converted once and not once a chunk.
     observation = replace(observation, weight=jnp.asarray(observation.weight, jnp.float64))
     if isinstance(gradient, jax.Array) and all(device.platform == "cpu" for device in gradient.devices()):
@@ -73,10 +82,16 @@ def recover_many(
     done = 0
     parts = []
     if not thorough:
-        for start in range(0, examples, chunk):
-            part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk)
-            parts.append(jax.device_get(_recover_chunk(part, options, False)))
-            if not np.all(np.isfinite(parts[-1].evidence.rank_one_residual)):
+        starts = range(0, examples, chunk)
+
+        @in_float64  # Which is set for one thread only.
+        def search(start: int) -> Recovery:
+            part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk, place)
+            return jax.device_get(_recover_chunk(part, options, False, place))
+
+        for start, part in zip(starts, _in_turn(search, starts, place), strict=True):
+            parts.append(part)
+            if not np.all(np.isfinite(part.evidence.rank_one_residual)):
                 _name_bad_value(observation)
             report(min(start + chunk, examples), examples)
         result = _stack(parts, examples)
@@ -87,10 +102,11 @@ def recover_many(
         _name_bad_value(observation)
         result, unsure = None, np.arange(examples)
     refined = []
-    size = min(THOROUGH_CHUNK, examples)
+    size = min(THOROUGH_CHUNK, -(-examples // place.shares)) * place.shares
     for start in range(0, unsure.size, size):
         indices = unsure[start : start + size]
-        refined.append(jax.device_get(_recover_chunk(_chunk(observation, indices, size), options, True)))
+        uncertain = _chunk(observation, indices, size, place)
+        refined.append(jax.device_get(_recover_chunk(uncertain, options, True, place)))
         done += indices.size
         report(done, examples)
     if not refined:
@@ -110,16 +126,61 @@ class _Options(NamedTuple):
     label_format: Literal["smoothing", "mixup"] | None
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _recover_chunk(observation: Observation, options: _Options, thorough: bool) -> Recovery:
-    def one(gradients: tuple) -> Recovery:
-        weight_gradient, bias_gradient = gradients
-        single = Observation(observation.weight, weight_gradient, observation.bias, bias_gradient)
-        return recover(single, thorough=thorough, **options._asdict())
+class _Place(NamedTuple):
+    """Where chunks are worked on: these devices, or the default one for none."""
 
-    gradients = (observation.weight_gradient, observation.bias_gradient)
-    # Thorough searches run one after the other, each only the branch it needs (consensus or likelihood).
-    return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def shares(self) -> int:
+        return max(len(self.devices), 1)
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), ("examples",))
+
+    def put(self, values: jax.Array) -> jax.Array:
+        """(N, ...) to the devices, N / count examples each."""
+        if not self.devices:
+            return jax.device_put(values)
+        return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec("examples")))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _recover_chunk(observation: Observation, options: _Options, thorough: bool, place: _Place) -> Recovery:
+    def share(weight: jax.Array, bias: jax.Array | None, gradients: tuple) -> Recovery:
+        def one(gradients: tuple) -> Recovery:
+            weight_gradient, bias_gradient = gradients
+            single = Observation(weight, weight_gradient, bias, bias_gradient)
+            return recover(single, thorough=thorough, **options._asdict())
+
+        # Thorough searches run one after the other, each only the branch it needs (consensus or likelihood).
+        return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
+
+    if place.devices:
+        # Examples know nothing of each other: every device runs the whole program on its share of them.
+        each, all_alike = PartitionSpec("examples"), PartitionSpec()
+        share = jax.shard_map(
+            share, mesh=place.mesh, in_specs=(all_alike, all_alike, each), out_specs=each, check_vma=False
+        )
+    return share(observation.weight, observation.bias, (observation.weight_gradient, observation.bias_gradient))
+
+
+def _in_turn(search: Callable[[int], Recovery], starts: Sequence[int], place: _Place) -> Iterator[Recovery]:
+    """The chunks' recoveries in order, a few at work at once.
+
+    XLA on a CPU runs most of the search on one core: as many chunks as there are cores. On an accelerator the next
+    chunk is copied while this one is worked on.
+    """
+    yield search(starts[0])  # Compiles, which two threads would do twice.
+    platform = place.devices[0].platform if place.devices else jax.default_backend()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(cores // place.shares, 1) if platform == "cpu" else 2
+    pool = ThreadPoolExecutor(min(workers, len(starts)))
+    try:
+        yield from pool.map(search, starts[1:])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _chunk_size(examples: int, sample_bytes: int) -> int:
@@ -128,7 +189,7 @@ def _chunk_size(examples: int, sample_bytes: int) -> int:
     return -(-examples // -(-examples // samples))
 
 
-def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observation:
+def _chunk(observation: Observation, indices: np.ndarray, size: int, place: _Place) -> Observation:
     """The examples at `indices`, the last repeated up to `size` so that one compiled program serves all chunks."""
     padded = np.append(indices, np.full(size - indices.size, indices[-1]))
     contiguous = indices.size == size and indices[-1] - indices[0] == size - 1
@@ -137,9 +198,9 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observat
     bias_gradient = observation.bias_gradient
     return Observation(
         observation.weight,
-        jax.device_put(observation.weight_gradient[pick]),
+        place.put(observation.weight_gradient[pick]),
         observation.bias,
-        None if bias_gradient is None else jax.device_put(bias_gradient[pick]),
+        None if bias_gradient is None else place.put(bias_gradient[pick]),
     )
 
 

@@ -47,6 +47,18 @@ def tilted_mean(argument: jax.Array) -> jax.Array:
     return jnp.where(small, series, -1.0 / jnp.expm1(-safe) - 1.0 / safe)
 
 
+def _cumulant_and_mean(argument: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """K(t) and K'(t) from one exponential; K'(t) = 1 - K'(-t)."""
+    magnitude = jnp.abs(argument)
+    small = magnitude < 1e-2
+    safe = jnp.where(small, 1.0, magnitude)
+    fall = -jnp.expm1(-safe) / safe
+    square = magnitude * magnitude
+    value = jnp.where(small, magnitude * (-0.5 + magnitude / 24 - magnitude * square / 2880), jnp.log(fall))
+    mean = jnp.where(small, 0.5 + magnitude / 12 - magnitude * square / 720, (1.0 / fall - 1.0) / safe)
+    return value + jnp.maximum(argument, 0.0), jnp.where(argument < 0, 1.0 - mean, mean)
+
+
 def log_ratio(scalar: jax.Array, upper_gap: jax.Array, lower_gap: jax.Array) -> jax.Array:
     """F(lambda) for the gaps a = z_j - z_l > 0 and b = z_l - z_m > 0; all arrays of one shape."""
     return jnp.log(upper_gap / lower_gap) + uniform_cumulant(scalar * upper_gap) - uniform_cumulant(-scalar * lower_gap)
@@ -78,12 +90,18 @@ def solve_log_ratio(target: jax.Array, upper_gap: jax.Array, lower_gap: jax.Arra
     other_end = 2 * distance / leading
     lower, upper = jnp.minimum(one_end, other_end), jnp.maximum(one_end, other_end)
 
+    offset = jnp.log(upper_gap / lower_gap) - target
+
     def step(_: int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         scalar, low, high = state
-        excess = log_ratio(scalar, upper_gap, lower_gap) - target
+        (upper_value, upper_mean), (lower_value, lower_mean) = (
+            _cumulant_and_mean(scalar * upper_gap),
+            _cumulant_and_mean(-scalar * lower_gap),
+        )
+        excess = offset + upper_value - lower_value
         low = jnp.where(excess < 0, scalar, low)
         high = jnp.where(excess > 0, scalar, high)
-        proposal = scalar - excess / log_ratio_slope(scalar, upper_gap, lower_gap)
+        proposal = scalar - excess / (upper_gap * upper_mean + lower_gap * lower_mean)
         inside = (proposal >= low) & (proposal <= high)
         return jnp.where(inside, proposal, (low + high) / 2), low, high
 

@@ -184,7 +184,8 @@ def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unk
 
 
 def _hard_explanation(equation: ScalarEquation, factors: RankOneFactors, unknowns: Unknowns) -> Explanations:
-    chosen = odd_class(equation.left, jnp.sum(factors.right.astype(jnp.float64)))
+    right = factors.right.astype(jnp.float64)
+    chosen = odd_class(equation.left, jnp.sum(right) if unknowns.scalar else right[-1])
     label = jax.nn.one_hot(chosen, equation.left.size, dtype=jnp.float64)
     one = jnp.ones(())
     scalar = equation.known_scalar if not unknowns.scalar else jnp.full((), jnp.nan)

@@ -82,6 +82,13 @@ def test_odd_class_does_not_depend_on_the_direction_of_the_singular_pair(sign: f
     assert int(odd_class(sign * left, jnp.asarray(sign * 5.0))) == 2
 
 
+@pytest.mark.parametrize("orientation", [1.0, -1.0])
+def test_odd_class_needs_no_orientation_for_a_hard_label(orientation: float) -> None:
+    left = jnp.asarray([0.1, 0.3, -0.9, 0.5])
+    assert int(odd_class(left, jnp.asarray(orientation))) == 2
+    assert int(odd_class(-left, jnp.asarray(orientation))) == 2
+
+
 SMALL = Observation(np.ones((4, 3), np.float32), np.ones((4, 3), np.float32))
 WITH_BIAS = Observation(SMALL.weight, SMALL.weight_gradient, np.zeros(4, np.float32), np.ones(4, np.float32))
 REFUSED = {

@@ -102,9 +102,9 @@ def test_how_many_examples_are_unsure_does_not_compile_anew(
     shapes: set[tuple[int, ...]] = set()
     compiled = many._recover_chunk
 
-    def seen(part: Observation, options: object, thorough: bool) -> Recovery:
+    def seen(part: Observation, options: object, thorough: bool, place: object) -> Recovery:
         shapes.add((thorough, *part.weight_gradient.shape))
-        return compiled(part, options, thorough)
+        return compiled(part, options, thorough, place)
 
     monkeypatch.setattr(many, "_recover_chunk", seen)
     dense = [index for index in range(EXAMPLES) if FAMILIES[index % 6] == "dirichlet"]
