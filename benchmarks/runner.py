@@ -79,7 +79,9 @@ class Run:
 
     def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
         """Iterate with a progress bar on stderr."""
-        yield from track(list(items), description=description, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        hidden = not console.is_terminal
+        yield from track(list(items), description, console=console, transient=True, disable=hidden)
 
     def add(self, **row: Any) -> None:
         """Keep a row, and say it on stderr, so that a long run can be followed."""

@@ -23,8 +23,14 @@ from clients import FORMATS, head_and_features, load_data
 from runner import Run, add_data_options, new_figure, option_parser, spread, timed
 
 import softinv_jax
-from softinv_jax.client import LeNet, ResNet18, initial_batch_statistics, initialise, sample_batch
-from softinv_jax.client.gradients import per_sample_last_layer_gradients
+from softinv_jax.client import (
+    LeNet,
+    ResNet18,
+    initial_batch_statistics,
+    initialise,
+    per_sample_last_layer_gradients,
+    sample_batch,
+)
 from softinv_jax.measures.label_error import label_error
 from softinv_jax.report.landscape import variance_landscape
 

@@ -1,4 +1,7 @@
-"""Recovery part by part: the same as in one go, taken up again after a kill, shared by devices and by processes."""
+"""Recovery part by part: the same as in one go, taken up again after a kill, shared by devices and by processes.
+
+How parts are divided does not depend on what is recovered: most tests use iDLG, which compiles in seconds.
+"""
 
 import json
 import os
@@ -16,18 +19,23 @@ from softinv_jax import Recovery, observe, recover_many, streaming
 from softinv_jax.streaming import read_recovery, recover_stream
 
 EXAMPLES = 24
-FAMILIES = ("hard", "smoothing", "mixup", "dirichlet", "smoothed_mixup", "three_way_mixup")
+FAMILIES = ("hard", "smoothing", "mixup", "smoothed_mixup")
 
 
 @pytest.fixture(scope="module")
-def files(draw: Callable, client: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """weight.npy and gradients.npy, soft labels of every format and dense ones; the shapes of test_recover_many."""
-    folder = tmp_path_factory.mktemp("gradients")
+def samples(draw: Callable, client: Callable) -> list:
+    """Gradients of one head, soft labels of every format."""
     weight = draw("hard", 0).weight
     drawn = [draw(FAMILIES[seed % len(FAMILIES)], seed) for seed in range(EXAMPLES)]
-    np.save(folder / "weight.npy", weight)
-    gradients = np.stack([client(weight, sample.feature, sample.label).gradient for sample in drawn])
-    np.save(folder / "gradients.npy", gradients)
+    return [client(weight, sample.feature, sample.label) for sample in drawn]
+
+
+@pytest.fixture(scope="module")
+def files(samples: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """weight.npy and gradients.npy."""
+    folder = tmp_path_factory.mktemp("gradients")
+    np.save(folder / "weight.npy", samples[0].weight)
+    np.save(folder / "gradients.npy", np.stack([sample.gradient for sample in samples]))
     return folder
 
 
@@ -38,7 +46,7 @@ def arrays(files: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def together(arrays: tuple) -> Recovery:
-    return recover_many(observe(*arrays))
+    return recover_many(observe(*arrays), method="idlg")
 
 
 def assert_same(found: Recovery, expected: Recovery) -> None:
@@ -53,7 +61,7 @@ def assert_same(found: Recovery, expected: Recovery) -> None:
 
 def test_parts_give_what_one_go_gives(arrays: tuple, together: Recovery, tmp_path: Path) -> None:
     seen = []
-    recover_stream(*arrays, tmp_path / "parts", chunk=12, progress=lambda *done: seen.append(done))
+    recover_stream(*arrays, tmp_path / "parts", chunk=12, method="idlg", progress=lambda *done: seen.append(done))
     assert seen == [(12, 24), (24, 24)]
     assert_same(read_recovery(tmp_path / "parts"), together)
 
@@ -71,10 +79,10 @@ def test_finished_parts_are_kept_and_missing_ones_made(
 
     monkeypatch.setattr(streaming, "recover_many", counted)
     with pytest.raises(KeyboardInterrupt):
-        recover_stream(*arrays, tmp_path, chunk=12)
+        recover_stream(*arrays, tmp_path, chunk=12, method="idlg")
     with pytest.raises(ValueError, match=r"lacks 1 of 2 parts \(part-00000001.npz"):
         read_recovery(tmp_path)
-    recover_stream(*arrays, tmp_path, chunk=12)
+    recover_stream(*arrays, tmp_path, chunk=12, method="idlg")
     assert sizes == [12, 12, 12]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "part-00000000.npz",
@@ -90,18 +98,17 @@ def test_parts_of_other_settings_or_other_gradients_are_not_mixed(
     monkeypatch.setattr(streaming, "recover_many", lambda part, **options: pytest.fail("nothing should be recovered"))
     weight, gradients = arrays
     with pytest.raises(pytest.fail.Exception):
-        recover_stream(weight, gradients, tmp_path, chunk=12)
+        recover_stream(weight, gradients, tmp_path, chunk=12, method="idlg")
     other = np.array(gradients)
     other[0, 0, 0] += 1
     for changed, words in (
-        ((weight, gradients, 8, False), "chunk 12, not 8"),
-        ((weight, gradients, 12, True), "unknown_scale"),
-        ((weight, other, 12, False), "gradients"),
-        ((weight * 2, gradients, 12, False), "head"),
+        ((weight, gradients, 8, "idlg"), "chunk 12, not 8"),
+        ((weight, gradients, 12, "exact"), "{'method': 'idlg'}, not {'method': 'exact'}"),
+        ((weight, other, 12, "idlg"), "gradients '"),
+        ((weight * 2, gradients, 12, "idlg"), "head '"),
     ):
-        options = {"unknown_scale": True} if changed[3] else {}
         with pytest.raises(ValueError, match=f"(?s){words}.*choose another folder"):
-            recover_stream(*changed[:2], tmp_path, chunk=changed[2], **options)
+            recover_stream(*changed[:2], tmp_path, chunk=changed[2], method=changed[3])
 
 
 def test_bad_input_is_named(arrays: tuple, tmp_path: Path) -> None:
@@ -117,7 +124,7 @@ def test_bad_input_is_named(arrays: tuple, tmp_path: Path) -> None:
     broken = np.array(gradients)
     broken[13, 2, 1] = np.nan
     with pytest.raises(ValueError, match=r"gradients 12 to 23: weight_gradient holds 1 entries .* \(1, 2, 1\)"):
-        recover_stream(weight, broken, tmp_path, chunk=12)
+        recover_stream(weight, broken, tmp_path, chunk=12, method="idlg")
 
 
 def run_python(program: str, files: Path, *arguments: object, **variables: str) -> subprocess.Popen:
@@ -144,11 +151,18 @@ files = Path(sys.argv[1])
 assert jax.local_device_count() == 8
 recover_stream(np.load(files / "weight.npy"), np.load(files / "gradients.npy", mmap_mode="r"), sys.argv[2])
 """
+# Least optimised machine code takes half the time to make.
+QUICKLY = "--xla_backend_optimization_level=0"
 
 
-def test_eight_devices_give_what_one_gives(files: Path, together: Recovery, tmp_path: Path) -> None:
-    finish(run_python(ON_DEVICES, files, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
-    assert_same(read_recovery(tmp_path), together)
+def test_eight_devices_give_what_one_gives(files: Path, samples: list, tmp_path: Path, recover_one: Callable) -> None:
+    finish(run_python(ON_DEVICES, files, tmp_path, XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICKLY}"))
+    found = read_recovery(tmp_path)
+    assert found.verdict_name.tolist() == ["unique"] * EXAMPLES
+    for index, sample in enumerate(samples):
+        expected = recover_one(sample, thorough=False)
+        np.testing.assert_allclose(found.label[index], expected.label, atol=1e-6)
+        np.testing.assert_allclose(found.feature[index], expected.feature, rtol=1e-4, atol=1e-6)
 
 
 IN_PROCESSES = """
@@ -159,7 +173,8 @@ from softinv_jax.streaming import recover_stream
 files, folder, address, index = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 jax.distributed.initialize(address, num_processes=2, process_id=index)
 assert (jax.process_count(), jax.process_index()) == (2, index)
-recover_stream(np.load(files / "weight.npy"), np.load(files / "gradients.npy", mmap_mode="r"), folder, chunk=12)
+gradients = np.load(files / "gradients.npy", mmap_mode="r")
+recover_stream(np.load(files / "weight.npy"), gradients, folder, chunk=12, method="idlg")
 """
 
 
@@ -186,7 +201,8 @@ def slowly(part, **options):
     time.sleep(60)
     return found
 streaming.recover_many = slowly
-streaming.recover_stream(np.load(files / "weight.npy"), np.load(files / "gradients.npy"), sys.argv[2], chunk=12)
+weight, gradients = np.load(files / "weight.npy"), np.load(files / "gradients.npy")
+streaming.recover_stream(weight, gradients, sys.argv[2], chunk=12, method="idlg")
 """
 
 
@@ -198,5 +214,5 @@ def test_a_killed_run_leaves_only_whole_parts(files: Path, arrays: tuple, togeth
     process.communicate()
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["chunk"] == 12
-    recover_stream(*arrays, tmp_path, chunk=12)
+    recover_stream(*arrays, tmp_path, chunk=12, method="idlg")
     assert_same(read_recovery(tmp_path), together)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from softinv_jax.command_line.console import InputError
-from softinv_jax.command_line.npz_file import read_arrays
+from softinv_jax.command_line.npz_file import map_arrays, read_arrays
 from softinv_jax.observation.head import Observation, observe
 
 __all__ = ["read_observation"]
@@ -12,12 +12,13 @@ _REQUIRED = ("weight", "weight_gradient")
 _OPTIONAL = ("bias", "bias_gradient")
 
 
-def read_observation(path: str) -> Observation:
+def read_observation(path: str, *, mapped: bool = False) -> Observation:
     """Read and check an observation.
 
     Args:
       path: an .npz file with `weight` (C, d), `weight_gradient` (C, d) or (N, C, d) and, for a head with a bias,
         `bias` (C,) and `bias_gradient` (C,) or (N, C); float16, float32 or float64. Nothing in it is executed.
+      mapped: leave the arrays in the file, as memory maps whose values are not looked at yet.
 
     Returns:
       An `Observation` whose gradients have a leading axis N.
@@ -25,19 +26,20 @@ def read_observation(path: str) -> Observation:
     Raises:
       InputError: one line that names the file, what is wrong, and the remedy.
     """
-    arrays = read_arrays(path, lambda names: _check_keys(path, names))
+    arrays = (map_arrays if mapped else read_arrays)(path, lambda names: _check_keys(path, names))
     try:
-        observation = _observe(arrays)
+        observation = _observe(arrays, check_values=not mapped)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if observation.weight_gradient.ndim == 2:
         arrays = {name: array[None] if name.endswith("gradient") else array for name, array in arrays.items()}
-        observation = _observe(arrays)
+        observation = _observe(arrays, check_values=not mapped)
     return observation
 
 
-def _observe(arrays: dict[str, np.ndarray]) -> Observation:
-    return observe(arrays["weight"], arrays["weight_gradient"], arrays.get("bias"), arrays.get("bias_gradient"))
+def _observe(arrays: dict[str, np.ndarray], check_values: bool) -> Observation:
+    weights = arrays["weight"], arrays["weight_gradient"]
+    return observe(*weights, arrays.get("bias"), arrays.get("bias_gradient"), check_values=check_values)
 
 
 def _check_keys(path: str, names: list[str]) -> None:

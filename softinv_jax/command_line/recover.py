@@ -3,16 +3,18 @@
 import argparse
 import json
 import os
+import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from softinv_jax.command_line.console import InputError, progress_report, result_console
+from softinv_jax.command_line.console import InputError, Report, progress_report, result_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
 
+    from softinv_jax.labels.verdicts import Recovery
     from softinv_jax.observation.head import Observation
 
 __all__ = ["add_parser", "run"]
@@ -34,7 +36,13 @@ RECOVERY.npz holds, with NaN where nothing is recovered,
 
 With --batch-size B each gradient is the mean (or --reduction sum) over B examples, and the axis of length 1 has length
 B: labels (N, B, C), features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), rank and
-joint_misfit (N,)."""
+joint_misfit (N,).
+
+A file larger than a quarter of the memory, or any with --chunk, is read and recovered in parts, kept in
+RECOVERY.npz.parts until all are done: the same command takes up a run that was stopped."""
+
+# Of the machine's memory: the result and the work need some as well.
+LARGEST_SHARE = 0.25
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -73,6 +81,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         default="mean",
         help="whether a gradient is the mean over its batch or the sum, for --batch-size (mean)",
     )
+    parser.add_argument(
+        "--chunk", type=_chunk, metavar="N", help="read and recover N gradients at a time; can be resumed"
+    )
     parser.add_argument("--label-format", choices=("smoothing", "mixup"), help="the format for --method variance")
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
     parser.set_defaults(run=run)
@@ -86,9 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_method(arguments)
     from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
-    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
 
-    observation = observation_file.read_observation(arguments.observation)
+    in_parts = arguments.batch_size == 1 and (arguments.chunk is not None or _is_large(arguments.observation))
+    observation = observation_file.read_observation(arguments.observation, mapped=in_parts)
     if observation.bias is not None and arguments.method == "variance":
         raise InputError("--method variance needs a head without bias; use --method exact")
     recovery_file.check_writable(arguments.out)
@@ -102,15 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
     examples = observation.weight_gradient.shape[0]
     with progress_report() as report:
         report(0, examples, "compiling for this shape")
-        recovery = recover_many(
-            observation,
-            method=arguments.method,
-            unknown_scale=arguments.unknown_scale,
-            label_format=arguments.label_format,
-            progress=lambda done, total: report(done, total, "recovering"),
-        )
+        recovery = (_recover_in_parts if in_parts else _recover_whole)(arguments, observation, report)
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
+    if in_parts:
+        shutil.rmtree(_parts_folder(arguments))
 
     from softinv_jax.report.summary import recovery_summary, recovery_table  # noqa: PLC0415
 
@@ -129,6 +136,60 @@ def run(arguments: argparse.Namespace) -> None:
         "seconds": round(seconds, 3),
     }
     _show(arguments, context, summary, recovery_table)
+
+
+def _recover_whole(arguments: argparse.Namespace, observation: "Observation", report: Report) -> "Recovery":
+    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
+
+    return recover_many(
+        observation, progress=lambda done, total: report(done, total, "recovering"), **_options(arguments)
+    )
+
+
+def _recover_in_parts(arguments: argparse.Namespace, observation: "Observation", report: Report) -> "Recovery":
+    from softinv_jax.streaming import read_recovery, recover_stream  # noqa: PLC0415
+
+    folder = _parts_folder(arguments)
+    try:
+        recover_stream(
+            observation.weight,
+            observation.weight_gradient,
+            folder,
+            bias=observation.bias,
+            bias_gradient=observation.bias_gradient,
+            chunk=arguments.chunk,
+            progress=lambda done, total: report(done, total, "recovering"),
+            **_options(arguments),
+        )
+        return read_recovery(folder)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{arguments.observation}: {error}") from error
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "method": arguments.method,
+        "unknown_scale": arguments.unknown_scale,
+        "label_format": arguments.label_format,
+    }
+
+
+def _parts_folder(arguments: argparse.Namespace) -> str:
+    return f"{arguments.out}.parts"
+
+
+def _is_large(path: str) -> bool:
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.path.getsize(path) > LARGEST_SHARE * memory
+    except (OSError, ValueError, AttributeError):  # No such file, or a system that does not say.
+        return False
+
+
+def _chunk(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def _batch_size(text: str) -> int | str:
@@ -200,6 +261,8 @@ def _check_method(arguments: argparse.Namespace) -> None:
         raise InputError("--method variance needs a known scale; use --method exact with --unknown-scale")
     if arguments.batch_size != 1 and (arguments.method != "exact" or arguments.unknown_scale):
         raise InputError("--batch-size needs --method exact and a known scale (see --reduction)")
+    if arguments.batch_size != 1 and arguments.chunk is not None:
+        raise InputError("--chunk is for gradients of one example each; leave out --batch-size or --chunk")
     if arguments.batch_size == 1 and arguments.reduction != "mean":
         raise InputError("--reduction is for --batch-size: mean and sum are the same for one example")
     if arguments.method != "variance" and arguments.label_format is not None:
