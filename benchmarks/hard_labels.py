@@ -37,7 +37,8 @@ def original_idlg(gradients: np.ndarray) -> np.ndarray:
     """
     products = np.einsum("ncd,nkd->nck", gradients, gradients)
     others = ~np.eye(gradients.shape[1], dtype=bool)
-    odd = np.all((products <= 0) | ~others[None], axis=2)
+    # A row of zeros, of a class whose softmax entry underflowed, agrees with none either.
+    odd = np.all((products <= 0) | ~others[None], axis=2) & np.any(products < 0, axis=2)
     return np.where(odd.sum(axis=1) == 1, np.argmax(odd, axis=1), -1)
 
 

@@ -30,7 +30,7 @@ def torch_arrays(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             value = np.asarray(array)
             if name == "kernel":
                 value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-            found[f"{layer}/{name}"] = torch.from_numpy(np.ascontiguousarray(value))
+            found[f"{layer}/{name}"] = torch.from_numpy(np.array(value, order="C"))
     return found
 
 

@@ -87,7 +87,7 @@ class Run:
         """Keep a row, and say it on stderr, so that a long run can be followed."""
         self.rows.append(row)
         short = {name: value for name, value in row.items() if not isinstance(value, list | dict)}
-        print(json.dumps(short), file=sys.stderr, flush=True)
+        print(json.dumps(short, default=_plain), file=sys.stderr, flush=True)
 
     def finish(
         self,

@@ -36,7 +36,7 @@ from softinv_jax.report.landscape import variance_landscape
 
 NETWORKS = {"LeNet untrained": LeNet, "ResNet18 untrained": ResNet18}
 LEFT_OUT = {"smoothing": 1, "mixup": 2}
-ZOOMS = (30.0, 1e-1, 1e-3)
+ZOOMS = (200.0, 1e-1, 1e-3)
 
 
 def mixed_clients(

@@ -1,10 +1,12 @@
 """Data sets against NumPy statistics, other readers, and the messages for data that are not there."""
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from skimage import data
 
 from softinv_jax.client.datasets import PHOTOGRAPHS, ImageDataset, load_photographs, load_tfds
@@ -146,3 +148,41 @@ def test_cifar100_has_its_hundred_classes() -> None:
     cifar100 = load_tfds("cifar100", "test", limit=200)
     assert cifar100.number_of_classes == 100
     assert cifar100.class_names[0] == "apple"
+
+
+def test_a_data_set_of_large_images_is_read_as_imagenet_would_be(tmp_path) -> None:
+    import tensorflow_datasets as tfds  # noqa: PLC0415 - takes two seconds to import
+
+    pixels = [np.asarray(Image.fromarray(getattr(data, name)()).resize((300, 224))) for name in ("astronaut", "coffee")]
+
+    class LargePhotographs(tfds.core.GeneratorBasedBuilder):
+        """PNG bytes, which TFDS stores without TensorFlow."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=["astronaut", "coffee"])
+            image = tfds.features.Image(shape=(None, None, 3))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"image": image, "label": label})
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            for index, photograph in enumerate(pixels):
+                encoded = io.BytesIO()
+                Image.fromarray(photograph).save(encoded, "PNG")
+                encoded.seek(0)
+                yield index, {"image": encoded, "label": index}
+
+    LargePhotographs(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    whole = load_tfds("large_photographs", "test", data_dir=tmp_path)
+    assert whole.images.shape == (2, 224, 300, 3)
+    for image, label in zip(whole.images, whole.classes, strict=True):
+        np.testing.assert_array_equal(image, pixels[label])
+    square = load_tfds("large_photographs", "test", data_dir=tmp_path, image_size=224)
+    assert square.images.shape == (2, 224, 224, 3)
+    np.testing.assert_array_equal(square.images, whole.images[:, :, 38:262])
+    assert square.class_names == ("astronaut", "coffee")

@@ -8,7 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from softinv_jax import streaming
+from softinv_jax.command_line import recover
 from softinv_jax.command_line.main import main
+from softinv_jax.command_line.observation_file import read_observation
 
 C, D, N = 10, 24, 6
 TARGETS = [3, 7]
@@ -319,9 +322,77 @@ def test_batches(tmp_path, capsys) -> None:
         (("--batch-size", "10"), "number of classes"),
         (("--batch-size", "2", "--unknown-scale"), "known scale"),
         (("--batch-size", "2", "--method", "idlg"), "--method exact"),
+        (("--batch-size", "2", "--chunk", "3"), "leave out --batch-size or --chunk"),
     ],
 )
 def test_bad_batch_sizes_are_refused_in_one_line(options, expected, tmp_path, capsys, observation) -> None:
     out = tmp_path / "out.npz"
     seen = save(tmp_path / "seen.npz", observation)
     check_refused(capsys, out, ("recover", seen, "--out", out, *options), expected)
+
+
+def test_in_chunks_as_in_one_go_and_taken_up_again(tmp_path, capsys, observation, monkeypatch) -> None:
+    # How the file is divided does not depend on what is recovered; iDLG compiles in seconds.
+    seen, out, method = save(tmp_path / "seen.npz", observation), tmp_path / "out.npz", ("--method", "idlg")
+    assert run(capsys, "recover", seen, "--out", tmp_path / "whole.npz", *method)[0] == 0
+    recover_many, calls = streaming.recover_many, []
+
+    def stopped(*args: object, **options: object) -> object:
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return recover_many(*args, **options)
+
+    monkeypatch.setattr(streaming, "recover_many", stopped)
+    assert run(capsys, "recover", seen, "--out", out, *method, "--chunk", 3)[0] == 130
+    parts = tmp_path / "out.npz.parts"
+    assert sorted(path.name for path in parts.iterdir()) == ["part-00000000.npz", "settings.json"]
+    code, _, errors = run(capsys, "recover", seen, "--out", out, *method, "--chunk", 2)
+    assert code == 2
+    assert "chunk 3, not 2; choose another folder" in errors
+    assert not out.exists()
+
+    assert run(capsys, "recover", seen, "--out", out, *method, "--chunk", 3)[0] == 0
+    assert len(calls) == 3
+    assert not parts.exists()
+    with np.load(out) as found, np.load(tmp_path / "whole.npz") as whole:
+        assert found.files == whole.files
+        for name in found.files:
+            if found[name].dtype.kind == "f":
+                np.testing.assert_allclose(found[name], whole[name], rtol=1e-9, err_msg=name)
+            else:
+                np.testing.assert_array_equal(found[name], whole[name])
+
+
+def test_large_files_are_left_on_the_disk(tmp_path, observation, monkeypatch) -> None:
+    seen = save(tmp_path / "seen.npz", observation)
+    assert not recover._is_large(seen)
+    monkeypatch.setattr(recover, "LARGEST_SHARE", 0.0)
+    assert recover._is_large(seen)
+    mapped = read_observation(seen, mapped=True)
+    assert isinstance(mapped.weight_gradient, np.memmap)
+    whole = read_observation(seen)
+    for name in ("weight", "weight_gradient"):
+        np.testing.assert_array_equal(getattr(mapped, name), getattr(whole, name))
+
+
+def test_what_cannot_be_read_in_parts_is_named(tmp_path, capsys, observation) -> None:
+    compressed, fortran, short = (tmp_path / f"{name}.npz" for name in ("compressed", "fortran", "short"))
+    np.savez_compressed(compressed, **observation)
+    gradients = observation["weight_gradient"]
+    save(fortran, observation | {"weight_gradient": np.asfortranarray(gradients)})
+    with zipfile.ZipFile(short, "w") as archive, zipfile.ZipFile(save(tmp_path / "seen.npz", observation)) as source:
+        archive.writestr("weight.npy", source.read("weight.npy"))
+        archive.writestr("weight_gradient.npy", source.read("weight_gradient.npy")[:-8])
+    for path, message in (
+        (compressed, "is compressed, and can only be read whole"),
+        (fortran, "np.ascontiguousarray"),
+        (short, "shorter than its shape"),
+    ):
+        code, _, errors = run(capsys, "recover", path, "--out", tmp_path / "out.npz", "--chunk", 3)
+        assert code == 2
+        assert message in errors
+        assert errors.count("\n") == 1
+    code, _, errors = run(capsys, "recover", tmp_path / "seen.npz", "--out", tmp_path / "out.npz", "--chunk", 0)
+    assert code == 2
+    assert "'0' is not a positive integer" in errors
