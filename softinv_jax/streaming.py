@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,8 +142,15 @@ def _settings(
         "options": {name: str(value) for name, value in sorted(options.items())},
         "head": _digest(known),
         "gradients": _digest(sampled),
-        "softinv_jax": version("softinv_jax"),
+        "softinv_jax": _own_version(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return version("softinv_jax")
+    except PackageNotFoundError:  # Run from a checkout.
+        return "unknown"
 
 
 def _digest(arrays: list[np.ndarray]) -> str:

@@ -66,6 +66,25 @@ def test_parts_give_what_one_go_gives(arrays: tuple, together: Recovery, tmp_pat
     assert_same(read_recovery(tmp_path / "parts"), together)
 
 
+class Watched:
+    """An array on a disk, as it were: nothing but its shape, its dtype, and the parts asked for."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
+
+    def __getitem__(self, chosen: slice | int) -> np.ndarray:
+        part = self.array[chosen]
+        self.read.append(part.nbytes)
+        return part
+
+
+def test_no_more_than_a_part_is_read_at_once(arrays: tuple, together: Recovery, tmp_path: Path) -> None:
+    watched = Watched(arrays[1])
+    recover_stream(arrays[0], watched, tmp_path, chunk=12, method="idlg")
+    assert max(watched.read) == arrays[1][:12].nbytes
+    assert_same(read_recovery(tmp_path), together)
+
+
 def test_finished_parts_are_kept_and_missing_ones_made(
     arrays: tuple, together: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
