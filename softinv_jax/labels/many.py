@@ -69,6 +69,12 @@ def recover_many(
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
     examples = gradient.shape[0]
     options = _Options(method, unknown_scale, label_format)
+    foreign = [str(device) for device in devices or () if device.process_index != jax.process_index()]
+    if foreign:
+        raise ValueError(
+            f"devices {', '.join(foreign)} belong to another process; give some of jax.local_devices(), and share the"
+            " examples between processes with softinv_jax.streaming.recover_stream"
+        )
     place = _Place(tuple(devices or ()))
     share = _chunk_size(-(-examples // place.shares), gradient.dtype.itemsize * int(np.prod(gradient.shape[1:])))
     chunk = share * place.shares

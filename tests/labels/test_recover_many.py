@@ -1,6 +1,7 @@
 """`recover_many` against one recovery at a time, its chunks, and how often it compiles."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -126,3 +127,15 @@ def test_a_value_that_is_not_finite_is_named(observation: Observation, bad: floa
 def test_a_single_gradient_is_refused(observation: Observation) -> None:
     with pytest.raises(ValueError, match=r"recover_many takes weight_gradient \(N, C, d\)"):
         recover_many(Observation(observation.weight, observation.weight_gradient[0]))
+
+
+def test_devices_of_another_process_are_refused(observation: Observation) -> None:
+    foreign = SimpleNamespace(process_index=7)
+    with pytest.raises(ValueError, match=r"belong to another process; give some of jax.local_devices\(\)"):
+        recover_many(observation, devices=[foreign])
+
+
+def test_named_devices_give_what_the_default_one_gives(observation: Observation) -> None:
+    named = recover_many(observation, method="idlg", devices=jax.local_devices()[:1])
+    default = recover_many(observation, method="idlg")
+    jax.tree.map(np.testing.assert_array_equal, named, default)
