@@ -1,13 +1,14 @@
 """How fast are soft labels recovered, beside the published procedure and a plain sum over the same gradients?
 
-    python benchmarks/labels.py [--peak-bandwidth GB/S] [--quick | --full]
+    python benchmarks/labels.py [--peak-bandwidth GB/S] [--stages] [--quick | --full]
 
 For each (C, d): untrained head U(-0.5, 0.5), sigmoid features, mixup labels (the harder format), float32 gradients.
 Compile time is reported apart; every timing blocks until the result is ready and is the best of several runs, with
 `jnp.sum` over the same gradients timed in turn with ours. "CPU" is the processor time of all threads for one sample:
 on an idle machine with N cores the wall time is down to 1/N of it. "of peak" is bytes of gradient read per second over
 the memory bandwidth given. The published procedure (extra `peers`) and our `variance` rendering of its loss run on the
-first few of the same gradients. On several devices the examples are shared out among all of them.
+first few of the same gradients. On several devices the examples are shared out among all of them. `--stages`
+says where the time goes: each stage of the fast search compiled with all before it, on one chunk, one at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from runner import Run, option_parser
 
 import softinv_jax
 from softinv_jax.client import per_sample_last_layer_gradients
+from softinv_jax.labels.consensus import score_hypotheses
+from softinv_jax.labels.exact import FAST_TRIPLES, explain_by_consensus
+from softinv_jax.labels.hypotheses import plan_triples, solve_hypotheses
+from softinv_jax.labels.recovery import recover
+from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns
 from softinv_jax.measures.label_error import label_error
+from softinv_jax.observation.rank_one import dominant_factors
 
 SHAPES = {(10, 768): 8192, (100, 512): 2048, (1000, 2048): 64}
 RUNS = 5
@@ -123,6 +130,39 @@ def measure(shape: tuple[int, int], examples: int, peer_samples: int) -> dict[st
     }
 
 
+def stage_microseconds(weight: np.ndarray, gradients: np.ndarray) -> dict[str, float]:
+    """Time for one sample up to and with each stage of the fast search."""
+    unknowns, number_of_classes = Unknowns(scalar=True, scale=False), weight.shape[0]
+    plan = plan_triples(number_of_classes, FAST_TRIPLES)
+    direction_of = jnp.asarray(weight, jnp.float64)
+
+    def equation(gradient: jax.Array) -> ScalarEquation:
+        factors = dominant_factors(gradient)
+        zeros = jnp.zeros(number_of_classes)
+        right = factors.right.astype(jnp.float64) / factors.right_norm
+        norm, roundoff = jnp.sqrt(jnp.sum(direction_of**2, axis=1)), jnp.asarray(6e-8)
+        return ScalarEquation(
+            direction_of @ right, zeros, factors.left, zeros, zeros, norm, roundoff, jnp.asarray(jnp.nan)
+        )
+
+    def scores(gradient: jax.Array) -> jax.Array:
+        seen = equation(gradient)
+        return score_hypotheses(seen, solve_hypotheses(seen, plan, unknowns), unknowns)
+
+    stages: dict[str, Callable[[jax.Array], Any]] = {
+        "sum": jnp.sum,
+        "factors": dominant_factors,
+        "equation": equation,
+        "triples solved": lambda gradient: solve_hypotheses(equation(gradient), plan, unknowns),
+        "hypotheses scored": scores,
+        "consensus polished": lambda gradient: explain_by_consensus(equation(gradient), unknowns, thorough=False),
+        "verdict": lambda gradient: recover(softinv_jax.Observation(direction_of, gradient), thorough=False),
+    }
+    compiled = {name: jax.jit(jax.vmap(stage)) for name, stage in stages.items()}
+    best = best_of_each({name: lambda run=run: run(gradients) for name, run in compiled.items()}, RUNS)
+    return {name: 1e6 * seconds / len(gradients) for name, (_, seconds) in best.items()}
+
+
 def columns(peak: float | None) -> dict[str, Callable[[dict[str, Any]], object]]:
     """Of the table; `peak` memory bandwidth in gigabytes per second."""
 
@@ -153,13 +193,21 @@ def columns(peak: float | None) -> dict[str, Callable[[dict[str, Any]], object]]
 def main() -> None:
     """Command line."""
     parser = option_parser(__doc__)
+    parser.add_argument("--stages", action="store_true", help="where the time goes; compiles six programs a shape more")
     parser.add_argument("--peak-bandwidth", type=float, metavar="GB/S", help="of the device's memory, to compare with")
     arguments = parser.parse_args()
     run = Run("labels", arguments)
     shapes = dict(list(SHAPES.items())[: 1 if arguments.quick else None])
     for shape, examples in shapes.items():
         few = run.size(256, examples, 16 * examples)
-        run.add(**measure(shape, few, run.size(3, 10, 100)))
+        row = measure(shape, few, run.size(3, 10, 100))
+        if arguments.stages:
+            weight, _, gradients = make_gradients(*shape, min(1024, few), seed=0)
+            with jax.enable_x64(True):
+                row["stage_microseconds"] = stage_microseconds(weight, np.asarray(gradients))
+            for name, microseconds in row["stage_microseconds"].items():
+                print(f"{shape} up to {name}: {microseconds:.1f} us a sample", file=sys.stderr)
+        run.add(**row)
     run.finish("Soft labels per second, mixup, format unknown to exact", columns(arguments.peak_bandwidth))
 
 
