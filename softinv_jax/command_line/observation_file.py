@@ -3,7 +3,8 @@
 import numpy as np
 
 from softinv_jax.command_line.console import InputError
-from softinv_jax.command_line.npz_file import map_arrays, read_arrays
+from softinv_jax.command_line.mapped_npz import map_arrays
+from softinv_jax.command_line.npz_file import read_arrays
 from softinv_jax.observation.head import Observation, observe
 
 __all__ = ["read_observation"]
@@ -26,7 +27,11 @@ def read_observation(path: str, *, mapped: bool = False) -> Observation:
     Raises:
       InputError: one line that names the file, what is wrong, and the remedy.
     """
-    arrays = (map_arrays if mapped else read_arrays)(path, lambda names: _check_keys(path, names))
+    if mapped:
+        arrays = map_arrays(path)
+        _check_keys(path, list(arrays))
+    else:
+        arrays = read_arrays(path, lambda names: _check_keys(path, names))
     try:
         observation = _observe(arrays, check_values=not mapped)
     except ValueError as error:

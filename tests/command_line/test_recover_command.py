@@ -377,17 +377,20 @@ def test_large_files_are_left_on_the_disk(tmp_path, observation, monkeypatch) ->
 
 
 def test_what_cannot_be_read_in_parts_is_named(tmp_path, capsys, observation) -> None:
-    compressed, fortran, short = (tmp_path / f"{name}.npz" for name in ("compressed", "fortran", "short"))
+    names = ("compressed", "fortran", "short", "damaged")
+    compressed, fortran, short, damaged = (tmp_path / f"{name}.npz" for name in names)
     np.savez_compressed(compressed, **observation)
     gradients = observation["weight_gradient"]
     save(fortran, observation | {"weight_gradient": np.asfortranarray(gradients)})
     with zipfile.ZipFile(short, "w") as archive, zipfile.ZipFile(save(tmp_path / "seen.npz", observation)) as source:
         archive.writestr("weight.npy", source.read("weight.npy"))
         archive.writestr("weight_gradient.npy", source.read("weight_gradient.npy")[:-8])
+    damaged.write_bytes(short.read_bytes()[:-30])
     for path, message in (
         (compressed, "is compressed, and can only be read whole"),
         (fortran, "np.ascontiguousarray"),
-        (short, "shorter than its shape"),
+        (short, "declares shape (6, 10, 24) of float64, but other bytes follow"),
+        (damaged, "cannot be read in parts"),
     ):
         code, _, errors = run(capsys, "recover", path, "--out", tmp_path / "out.npz", "--chunk", 3)
         assert code == 2
