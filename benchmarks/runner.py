@@ -198,7 +198,7 @@ def _device() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {model}"
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {model}"
 
 
 def _markdown(title: str, columns: list[str], cells: list[list[str]], facts: dict[str, Any], name: str) -> str:
