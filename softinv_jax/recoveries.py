@@ -78,7 +78,7 @@ def recover_many(
     if _is_one(batch_size):
         return many.recover_many(observation, **options)
     options = _batch_options(options)
-    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    observation = observe(**vars(observation))
     gradients = observation.weight_gradient
     if gradients.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradients.shape}; use recover for one")
@@ -86,7 +86,8 @@ def recover_many(
     recoveries = []
     for index, gradient in enumerate(gradients):
         bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
-        one = Observation(observation.weight, gradient, observation.bias, bias_gradient)
+        noise = None if observation.noise is None else observation.noise[index]
+        one = Observation(observation.weight, gradient, observation.bias, bias_gradient, noise)
         recoveries.append(recover_batch(one, batch_size, **options))
         report(index + 1, len(gradients))
     return recoveries

@@ -22,6 +22,7 @@ from softinv_jax.observation.rank_one import (
     dominant_factors,
     leading_singular_factors,
     unit_roundoff,
+    with_known_noise,
 )
 
 __all__ = ["Method", "recover"]
@@ -70,7 +71,7 @@ def recover(
     Raises:
       ValueError: for arrays `observe` refuses, an unknown method, or a method that does not apply to the head.
     """
-    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    observation = observe(**vars(observation))
     if observation.weight_gradient.ndim != 2:
         raise ValueError(
             f"recover takes one example, but weight_gradient has shape {observation.weight_gradient.shape};"
@@ -100,8 +101,12 @@ def _recover(
         factors = leading_singular_factors(gradient, factors)
     elif has_bias:
         factors = average_rows(gradient, factors)
-    equation, direction_covariance = _scalar_equation(weight, factors, gradient.dtype, has_bias, thorough)
-
+    if observation.noise is not None:
+        factors = with_known_noise(factors, observation.noise, gradient.dtype)
+    dtype = gradient.dtype
+    equation, direction_covariance, feature_variance = _scalar_equation(weight, factors, dtype, has_bias, thorough)
+    # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
+    factor_variance = feature_variance if has_bias and not unknown_scale else jnp.zeros_like(feature_variance)
     if method == "idlg":
         explanations = _hard_explanation(equation, factors, unknowns)
     elif method == "variance":
@@ -113,19 +118,19 @@ def _recover(
         explanations = jax.lax.cond(
             factors.is_rounding,
             lambda: explain_by_consensus(equation, unknowns, thorough=True),
-            lambda: explain_by_likelihood(equation, direction_covariance, unknowns),
+            lambda: explain_by_likelihood(equation, direction_covariance, factor_variance, unknowns),
         )
     recovery = _conclude(equation, factors, explanations, unknowns, weight, method, thorough)
     if has_bias:
         recovery = replace(recovery, feature=recovery.feature[:-1])
-    dtype = jnp.promote_types(observation.weight_gradient.dtype, jnp.float32)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float64 else leaf, recovery)
+    kept = jnp.promote_types(dtype, jnp.float32)
+    return jax.tree.map(lambda leaf: leaf.astype(kept) if leaf.dtype == jnp.float64 else leaf, recovery)
 
 
 def _scalar_equation(
     weight: jax.Array, factors: RankOneFactors, dtype: jnp.dtype, has_bias: bool, thorough: bool
-) -> tuple[ScalarEquation, jax.Array]:
-    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
+) -> tuple[ScalarEquation, jax.Array, jax.Array]:
+    """The scalar equation, and from the noise on v (thorough only) the (C, C) covariance of z and the variance of v."""
     weight64 = weight.astype(jnp.float64)
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
@@ -141,6 +146,7 @@ def _scalar_equation(
     scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
     covariance = jnp.zeros((number_of_classes, number_of_classes))
     direction_deviation = zeros
+    feature_variance = jnp.zeros(())
     if thorough:
         square = jnp.sum(factors.left**2)
         feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
@@ -161,7 +167,7 @@ def _scalar_equation(
         roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
         known_scalar=scalar,
     )
-    return equation, covariance
+    return equation, covariance, feature_variance
 
 
 def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unknowns) -> Explanations:
