@@ -12,7 +12,13 @@ from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain
 from softinv_jax.labels.hard_label import odd_class
 from softinv_jax.labels.interval import feasible_interval
 from softinv_jax.labels.label_format import read_format, structured_label
-from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
+from softinv_jax.labels.scalar_equation import (
+    TOLERANCE,
+    ScalarEquation,
+    Unknowns,
+    label_deviation,
+    probabilities,
+)
 from softinv_jax.labels.variance import FORMATS, minimise_variance
 from softinv_jax.labels.verdicts import Candidates, Evidence, LabelFormat, LabelKind, Recovery, Verdict
 from softinv_jax.observation.head import Observation, append_bias, observe
@@ -148,8 +154,7 @@ def _scalar_equation(
     direction_deviation = zeros
     feature_variance = jnp.zeros(())
     if thorough:
-        square = jnp.sum(factors.left**2)
-        feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+        feature_variance = _feature_variance(factors)
         if has_bias:
             # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
             tied = weight64.at[:, -1].add(-scalar * direction)
@@ -243,12 +248,20 @@ def _conclude(
     unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & ~jnp.any(rivals) & sharp
     unique = unique & (by_theorem | explanations.exhaustive)
     signal = _has_signal(factors, features)
+    square = jnp.sum(equation.left**2)
+    feature_variance = _feature_variance(factors)
     structured = listed[0]
     if method == "idlg":
         structured = jnp.asarray(True)
         ambiguous, unique = signal, jnp.asarray(False)
     elif closed_form:
-        ambiguous, unique = jnp.asarray(False), signal & jnp.all(jnp.isfinite(best.label))
+        if thorough:
+            best = _without_structure(best, structured | factors.is_rounding, equation, feature_variance)
+        clear = factors.is_rounding | (TOLERANCE * jnp.max(best.label_deviation) <= SHARP_LABEL)
+        # Beyond that, lambda could be anything.
+        known_length = TOLERANCE * jnp.abs(best.scalar) * jnp.sqrt(feature_variance) <= 1
+        ambiguous = signal & known_length & jnp.all(jnp.isfinite(best.label))
+        unique = ambiguous & clear
     else:
         ambiguous = jnp.any(listed)
     verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
@@ -261,8 +274,6 @@ def _conclude(
     label = jnp.where(structured, shaped, label)
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
-    square = jnp.sum(equation.left**2)
-    feature_variance = jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
     feature = best.scalar * right
     if explanations.feature_pull is not None:
         pull = explanations.feature_pull @ weight.astype(jnp.float64)
@@ -326,6 +337,27 @@ def _conclude(
             residual=known(jnp.hypot(mismatch, factors.residual)),
         ),
     )
+
+
+def _without_structure(
+    best: Consensus, kept: jax.Array, equation: ScalarEquation, feature_variance: jax.Array
+) -> Consensus:
+    """Under noise that hides the label's structure: y = p - kappa u as it is, and how exactly, unless `kept`."""
+    prediction = probabilities(equation, best.scalar)
+    label = prediction - best.factor * equation.left
+    deviation = label_deviation(equation, best.scalar, best.factor, prediction, label)
+    deviation = jnp.sqrt(deviation**2 + feature_variance * equation.left**2)
+    return replace(
+        best,
+        label=jnp.where(kept, best.label, label),
+        label_deviation=jnp.where(kept, best.label_deviation, deviation),
+    )
+
+
+def _feature_variance(factors: RankOneFactors) -> jax.Array:
+    """() variance of each entry of the unit vector v from the noise on all rows."""
+    square = jnp.sum(factors.left**2)
+    return jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
 
 
 def _contradict(found: Consensus, unknowns: Unknowns) -> jax.Array:
