@@ -1,14 +1,17 @@
-"""`recover` and `recover_many`: what gradients of one last layer give away, of one example each or of a batch."""
+"""`recover`, `recover_many`, `recover_update`: what gradients of a last layer give away, of one example or a batch."""
 
 from collections.abc import Callable
 from typing import Any, Literal, overload
+
+import jax
 
 from softinv_jax.batches.batch_recovery import BatchRecovery, Reduction, recover_batch
 from softinv_jax.labels import many, recovery
 from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.observation.head import Observation, observe
+from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 
-__all__ = ["BatchSize", "recover", "recover_many"]
+__all__ = ["BatchSize", "recover", "recover_many", "recover_update"]
 
 BatchSize = int | Literal["auto"]
 
@@ -91,6 +94,37 @@ def recover_many(
         recoveries.append(recover_batch(one, batch_size, **options))
         report(index + 1, len(gradients))
     return recoveries
+
+
+def recover_update(
+    update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None
+) -> Recovery | BatchRecovery:
+    """Recover what the head gives away in a client's update of a whole model.
+
+    Args:
+      update: see `observe_update`.
+      batch_size: examples behind the update; see `recover`.
+      head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
+
+    Returns:
+      A `Recovery` of NumPy arrays, whose `scale` includes the learning rate where that is not known; or a
+      `BatchRecovery` for another batch size than 1.
+
+    Raises:
+      ValueError: as `recover`, for a head that is not found, or a batch behind an update whose scale is not known.
+    """
+    observation = observe_update_head(update, name=head)
+    if not _is_one(batch_size):
+        if not update.scale_known:
+            raise ValueError(f"batch_size = {batch_size!r} needs the learning rate: batches are recovered to scale")
+        return recover_batch(observation, batch_size)
+    shared = ("weight", "bias")
+    stacked = {
+        name: array if array is None or name in shared else array[None] for name, array in vars(observation).items()
+    }
+    # Rounding of the parameters is noise, which only the thorough search can deal with.
+    found = many.recover_many(Observation(**stacked), unknown_scale=not update.scale_known, thorough=True)
+    return jax.tree.map(lambda leaf: leaf[0], found)
 
 
 def _is_one(batch_size: BatchSize) -> bool:

@@ -40,7 +40,7 @@ def linen_from_torch(
       Parameters and running statistics of normalisation, which may be {}, as nested dictionaries by layer.
 
     Raises:
-      ValueError: naming the array: no part of a layer that is known here, a shape that does not fit, or entries that are
+      ValueError: naming the array: no part of a layer known here, a shape that does not fit, or entries that are
         not finite; or naming a layer of `flattened` or `names` that is not there.
     """
     flattened, names = dict(flattened or {}), dict(names or {})
