@@ -13,7 +13,7 @@ import numpy as np
 
 from softinv_jax.frameworks.npz_file import check_archive, check_unpacked, read_npz
 
-__all__ = ["FORMATS", "Tree", "flat", "name_arrays", "nested", "read_parameter_file"]
+__all__ = ["FORMATS", "Tree", "flat", "name_arrays", "nested", "read_parameter_file", "trained_layers"]
 
 Tree = dict[str, "np.ndarray | Tree"]
 
@@ -83,6 +83,23 @@ def nested(arrays: Mapping[str, np.ndarray], separator: str = "/") -> Tree:
             raise ValueError(f"{name} is given twice; name arrays as layer{separator}part")
         branch[last] = array
     return tree
+
+
+def trained_layers(arrays: Mapping[str, np.ndarray]) -> Tree:
+    """The tree of what clients train: all but the running statistics of batch normalisation, which no gradient moves.
+
+    "." in a name marks the layers, as in PyTorch, or "/" where no name has a ".".
+
+    Raises:
+      ValueError: as `nested`.
+    """
+    untrained = ("num_batches_tracked", "running_mean", "running_var")
+    trained = {
+        name: array
+        for name, array in arrays.items()
+        if name.rsplit(".", 1)[-1] not in untrained and not name.startswith("batch_stats/")
+    }
+    return nested(trained, "." if any("." in name for name in trained) else "/")
 
 
 def flat(tree: Tree, separator: str = "/") -> dict[str, np.ndarray]:

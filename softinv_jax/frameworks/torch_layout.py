@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from softinv_jax.frameworks.parameter_files import Tree, nested
+from softinv_jax.images.layer_chain import Chain, Dense, Flatten, chain_inputs
 
-__all__ = ["linen_from_torch"]
+__all__ = ["linen_from_torch", "linen_from_torch_chain"]
 
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}
 
@@ -74,6 +75,35 @@ def linen_from_torch(
                 f"{name} of shape {array.shape} is no weight or bias of a convolution, dense or normalisation layer"
             )
     return nested(parameters), nested(statistics)
+
+
+def linen_from_torch_chain(
+    state: Mapping[str, np.ndarray],
+    chain: Chain,
+    image_shape: tuple[int, int, int],
+    *,
+    names: Mapping[str, str] | None = None,
+) -> Tree:
+    """The parameters of a chain of layers, whose description says what is flattened.
+
+    Args:
+      state: arrays by PyTorch's names.
+      chain: the network, by the new names. image_shape: (H, W, channels).
+      names: see `linen_from_torch`.
+
+    Raises:
+      ValueError: as `linen_from_torch`, and where the arrays do not fit the chain.
+    """
+    # Right but for the order of rows, which changes no shape.
+    parameters, _ = linen_from_torch(state, names=names)
+    shapes = chain_inputs(chain, parameters, image_shape)
+    old = {new: name for name, new in (names or {}).items()}
+    flattened: dict[str, tuple[int, int, int]] = {}
+    for layer, following, shape in zip(chain, chain[1:], shapes, strict=False):
+        if isinstance(layer, Flatten) and isinstance(following, Dense):
+            height, width, channels = shape
+            flattened[old.get(following.name, following.name.replace("/", "."))] = (channels, height, width)
+    return linen_from_torch(state, flattened=flattened, names=names)[0]
 
 
 def _kernel(name: str, weight: np.ndarray, image: tuple[int, int, int] | None) -> np.ndarray:

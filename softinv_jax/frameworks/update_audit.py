@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
-from softinv_jax.frameworks.parameter_files import Tree, name_arrays, nested
+from softinv_jax.frameworks.parameter_files import Tree, name_arrays, trained_layers
 from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.observation.updates import ObservedUpdate, observe_update
 from softinv_jax.recoveries import BatchSize, recover_update
@@ -54,8 +54,8 @@ class UpdateAuditor:
           batch_size: examples behind each update, or `auto`; other than 1 it needs `learning_rate`.
           head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
           names: of the arrays, in their order, where clients send a list: `list(model.state_dict())`.
-          to_tree: makes a tree of layers of the arrays by name, such as a function that calls `linen_from_torch`. By
-            default "." in a name marks the layers, as in a `state_dict`, or "/" where no name has a ".".
+          to_tree: makes a tree of layers of the arrays by name, such as a function that calls `linen_from_torch`;
+            `trained_layers` by default.
           keep_updates: keep each whole update, not only what its head gives away.
           training: `learning_rate`, `local_steps`, `momentum`, ... of `observe_update`. Without `learning_rate` that is
             recovered too, as `recovery.scale`.
@@ -69,7 +69,7 @@ class UpdateAuditor:
         observe_update({"x": np.ones(1)}, {"x": np.ones(1)}, **training)
         self.audits: list[ClientAudit] = []
         self._batch_size, self._head, self._names = batch_size, head, names
-        self._to_tree, self._keep_updates, self._training = to_tree or _layers, keep_updates, training
+        self._to_tree, self._keep_updates, self._training = to_tree or trained_layers, keep_updates, training
 
     def audit(
         self,
@@ -101,11 +101,3 @@ class UpdateAuditor:
         if self._names is None:
             raise ValueError(f"a list of {len(arrays)} arrays needs names, such as list(model.state_dict())")
         return self._to_tree(name_arrays(arrays, self._names))
-
-
-def _layers(arrays: Mapping[str, np.ndarray]) -> Tree:
-    trained = {name: array for name, array in arrays.items() if name.rsplit(".", 1)[-1] not in _NOT_TRAINED}
-    return nested(trained, "." if any("." in name for name in trained) else "/")
-
-
-_NOT_TRAINED = ("num_batches_tracked", "running_mean", "running_var")
