@@ -1,17 +1,19 @@
 """`recover`, `recover_many`, `recover_update`: what gradients of a last layer give away, of one example or a batch."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from dataclasses import replace
+from typing import Any, Literal, TypeVar, overload
 
 import jax
+import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery, Reduction, recover_batch
 from softinv_jax.labels import many, recovery
-from softinv_jax.labels.verdicts import Recovery
+from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, observe
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 
-__all__ = ["BatchSize", "recover", "recover_many", "recover_update"]
+__all__ = ["BatchSize", "as_approximate", "recover", "recover_many", "recover_update"]
 
 BatchSize = int | Literal["auto"]
 
@@ -108,7 +110,7 @@ def recover_update(
 
     Returns:
       A `Recovery` of NumPy arrays, whose `scale` includes the learning rate where that is not known; or a
-      `BatchRecovery` for another batch size than 1.
+      `BatchRecovery` for another batch size than 1. Where the update is not exact, nothing is `unique`.
 
     Raises:
       ValueError: as `recover`, for a head that is not found, or a batch behind an update whose scale is not known.
@@ -117,14 +119,28 @@ def recover_update(
     if not _is_one(batch_size):
         if not update.scale_known:
             raise ValueError(f"batch_size = {batch_size!r} needs the learning rate: batches are recovered to scale")
-        return recover_batch(observation, batch_size)
+        batch = recover_batch(observation, batch_size)
+        return batch if update.exact else as_approximate(batch)
     shared = ("weight", "bias")
     stacked = {
         name: array if array is None or name in shared else array[None] for name, array in vars(observation).items()
     }
     # Rounding of the parameters is noise, which only the thorough search can deal with.
     found = many.recover_many(Observation(**stacked), unknown_scale=not update.scale_known, thorough=True)
-    return jax.tree.map(lambda leaf: leaf[0], found)
+    one = jax.tree.map(lambda leaf: leaf[0], found)
+    return one if update.exact else as_approximate(one)
+
+
+Result = TypeVar("Result", Recovery, BatchRecovery)
+
+
+def as_approximate(recovery: Result) -> Result:
+    """The same recovery of a gradient that was not observed exactly: `unique` becomes `ambiguous`.
+
+    What several local steps change is no noise, and no deviation covers it.
+    """
+    verdict = np.where(recovery.verdict == Verdict.UNIQUE, np.int32(Verdict.AMBIGUOUS), recovery.verdict)
+    return replace(recovery, verdict=verdict)  # type: ignore[arg-type]
 
 
 def _is_one(batch_size: BatchSize) -> bool:

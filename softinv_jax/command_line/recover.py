@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_method(arguments)
     from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
-    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
+    from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
 
     statement = None
     if arguments.updated is None:
@@ -129,6 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
             label_format=arguments.label_format,
             progress=lambda done, total: report(done, total, "recovering"),
         )
+    if arguments.local_steps > 1:
+        recovery = as_approximate(recovery)
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
 
@@ -164,7 +166,7 @@ def _batch_size(text: str) -> int | str:
 
 def _recover_batches(arguments: argparse.Namespace, observation: "Observation", source: dict[str, Any]) -> None:
     from softinv_jax.command_line import recovery_file  # noqa: PLC0415
-    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
+    from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
     from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
 
     start = time.perf_counter()
@@ -180,6 +182,8 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
             )
         except ValueError as error:
             raise InputError(str(error)) from error
+    if arguments.local_steps > 1:
+        recoveries = [as_approximate(one) for one in recoveries]
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
     summary = batch_summary(recoveries)

@@ -1,6 +1,7 @@
 """`recover`: from the gradient of one last layer to soft label, feature, scale and verdict."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -255,13 +256,14 @@ def _conclude(
         structured = jnp.asarray(True)
         ambiguous, unique = signal, jnp.asarray(False)
     elif closed_form:
-        if thorough:
-            best = _without_structure(best, structured | factors.is_rounding, equation, feature_variance)
-        clear = factors.is_rounding | (TOLERANCE * jnp.max(best.label_deviation) <= SHARP_LABEL)
+        plain = _without_structure(best, equation, feature_variance)
+        best = jax.tree.map(partial(jnp.where, structured | factors.is_rounding), best, plain)
+        # A structure that an accident might show settles nothing that y = p - kappa u leaves open.
+        sharp = TOLERANCE * jnp.max(plain.label_deviation) <= SHARP_LABEL
         # Beyond that, lambda could be anything.
         known_length = TOLERANCE * jnp.abs(best.scalar) * jnp.sqrt(feature_variance) <= 1
         ambiguous = signal & known_length & jnp.all(jnp.isfinite(best.label))
-        unique = ambiguous & clear
+        unique = ambiguous & (factors.is_rounding | unique | sharp)
     else:
         ambiguous = jnp.any(listed)
     verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
@@ -339,19 +341,13 @@ def _conclude(
     )
 
 
-def _without_structure(
-    best: Consensus, kept: jax.Array, equation: ScalarEquation, feature_variance: jax.Array
-) -> Consensus:
-    """Under noise that hides the label's structure: y = p - kappa u as it is, and how exactly, unless `kept`."""
+def _without_structure(best: Consensus, equation: ScalarEquation, feature_variance: jax.Array) -> Consensus:
+    """y = p - kappa u as it is, and how exactly: for a known lambda, under noise that hides the label's structure."""
     prediction = probabilities(equation, best.scalar)
     label = prediction - best.factor * equation.left
     deviation = label_deviation(equation, best.scalar, best.factor, prediction, label)
     deviation = jnp.sqrt(deviation**2 + feature_variance * equation.left**2)
-    return replace(
-        best,
-        label=jnp.where(kept, best.label, label),
-        label_deviation=jnp.where(kept, best.label_deviation, deviation),
-    )
+    return replace(best, label=label, label_deviation=deviation)
 
 
 def _feature_variance(factors: RankOneFactors) -> jax.Array:

@@ -83,7 +83,8 @@ def observe_update(
     for name, start, end in zip(names, old, new, strict=True):
         dtype = end.dtype
         difference = start.astype(np.float64) - end.astype(np.float64)
-        quotient = (difference / divisor - weight_decay * start.astype(np.float64)).astype(dtype)
+        with np.errstate(over="ignore"):  # told below
+            quotient = (difference / divisor - weight_decay * start.astype(np.float64)).astype(dtype)
         if not np.all(np.isfinite(quotient.astype(np.float64))):
             raise ValueError(
                 f"the gradient of {name} exceeds the range of {dtype} at learning_rate = {learning_rate}; check the"
@@ -208,5 +209,5 @@ def _statement(learning_rate: float | None, local_steps: int, momentum: float, w
         return f"Exact up to the rounding of the parameters: one local step, {scale}, {optimiser}{decay}."
     return (
         f"Approximate: the average gradient of {local_steps} local steps, {scale}, {optimiser}{decay}, stands for the"
-        " gradient at the parameters sent. What the steps change is not part of any stated error."
+        " gradient at the parameters sent. No stated error covers what the steps change; no label is called unique."
     )
