@@ -129,9 +129,10 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
         import torch  # noqa: PLC0415 - optional, and slow
     except ImportError as error:
         raise ValueError(f"{path}: needs torch; pip install 'softinv_jax[torch]', or save as safetensors") from error
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not a file of torch.save (of PyTorch 1.6 or newer)")
     try:
+        # What older versions wrote, and any other pickle, says nothing of its size beforehand.
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a file of PyTorch 1.6 or newer")
         with zipfile.ZipFile(path) as archive:
             check_archive(path, archive)
         loaded = torch.load(path, map_location="cpu", weights_only=True)

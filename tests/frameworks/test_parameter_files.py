@@ -230,7 +230,7 @@ class TestTorchFiles:
 
     def test_an_old_pickle_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "x.pt").write_bytes(pickle.dumps({"x": 1}))
-        with pytest.raises(ValueError, match=r"not a file of torch\.save"):
+        with pytest.raises(ValueError, match=r"not a file of PyTorch 1\.6 or newer"):
             read_parameter_file(str(tmp_path / "x.pt"))
 
     def test_a_number_repeated_a_billion_times_is_refused(self, tmp_path: Path, torch: object) -> None:
