@@ -127,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
             method=arguments.method,
             unknown_scale=unknown_scale,
             label_format=arguments.label_format,
+            thorough=arguments.updated is not None,  # The parameters' rounding is noise.
             progress=lambda done, total: report(done, total, "recovering"),
         )
     if arguments.local_steps > 1:

@@ -89,8 +89,9 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
     """
     spread = jnp.maximum(jnp.max(equation.direction) - jnp.min(equation.direction), 1e-300)
     magnitudes = jnp.geomspace(0.02, 500.0, GRID) / spread
+    scalars = jnp.concatenate([-magnitudes[::-1], magnitudes])
     if not unknowns.scalar:
-        magnitudes = jnp.broadcast_to(jnp.abs(equation.known_scalar), (GRID,))
+        scalars = jnp.broadcast_to(equation.known_scalar, scalars.shape)
 
     def loss(scalar: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset)
@@ -110,7 +111,6 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
                 agreeing = agreeing & (jnp.arange(agreeing.size, dtype=jnp.int32) != worst)
         return jnp.sum(jnp.where(agreeing, residual**2, 0.0)), factor, agreeing
 
-    scalars = jnp.concatenate([-magnitudes[::-1], magnitudes])
     losses, factors, agreeing = jax.vmap(loss)(scalars)
     padded = jnp.concatenate([jnp.full((1,), jnp.inf), losses, jnp.full((1,), jnp.inf)])
     lowest = (losses <= padded[:-2]) & (losses <= padded[2:])

@@ -279,7 +279,8 @@ def _conclude(
     feature = best.scalar * right
     if explanations.feature_pull is not None:
         pull = explanations.feature_pull @ weight.astype(jnp.float64)
-        pull = pull - right * jnp.sum(right * pull)
+        # What a structure that does not fit would say of the feature is nothing.
+        pull = jnp.where(structured, pull - right * jnp.sum(right * pull), 0.0)
         feature = feature - best.scalar**2 * feature_variance * pull
 
     prediction = jax.nn.softmax(best.scalar * equation.direction + equation.offset)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from softinv_jax import observe_update, observe_update_head, recover_update
+from softinv_jax import ObservedUpdate, observe_update, observe_update_head, recover_update
 
 CLASSES, FEATURES = 6, 16
 RNG = np.random.default_rng(0)
@@ -160,24 +162,63 @@ def test_the_noise_of_a_row_is_that_of_its_entries_and_of_the_bias() -> None:
     assert 3 * noise[0] < noise[5] < 6 * noise[0]
 
 
-@pytest.mark.parametrize("rate", [1.0, 1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("bias_size", [0.1, 5.0])
+def rounded_update(sample: Any, bias_size: float, rate: float) -> Any:
+    """One float32 step of a head alone, its bias `bias_size` times the sample's."""
+    bias = (bias_size * sample.bias).astype(np.float32)
+    logits = sample.weight.astype(np.float64) @ sample.feature + bias
+    error = np.exp(logits - logits.max())
+    error = error / error.sum() - sample.label
+    before = {"head": {"weight": sample.weight, "bias": bias}}
+    gradient = {"head": {"weight": np.outer(error, sample.feature), "bias": error}}
+    after = jax.tree.map(lambda leaf, g: (leaf - rate * g).astype(np.float32), before, gradient)
+    return observe_update(before, after, learning_rate=rate)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["hard", "smoothing", "mixup", "smoothed_mixup", "dirichlet"]),
+    st.integers(0, 10**6),
+    st.floats(-7, 1),
+    st.floats(-2, 2),
+)
 def test_rounded_updates_never_get_a_wrong_unique_label(
-    draw: Callable, assert_honest: Callable, rate: float, bias_size: float
+    draw: Callable, assert_honest: Callable, family: str, seed: int, rate: float, bias_size: float
 ) -> None:
-    unique = 0
-    for seed in range(6):
-        family = ("hard", "smoothing", "mixup", "smoothed_mixup")[seed % 4]
+    sample = draw(family, seed, number_of_classes=CLASSES, features=FEATURES, has_bias=True, dtype=np.float64)
+    assert_honest(recover_update(rounded_update(sample, 10.0**bias_size, 10.0**rate)), sample.label)
+
+
+def test_a_rate_that_leaves_nothing_unclear(draw: Callable) -> None:
+    for seed, family in enumerate(("hard", "smoothing", "mixup", "dirichlet")):
         sample = draw(family, seed, number_of_classes=CLASSES, features=FEATURES, has_bias=True, dtype=np.float64)
-        bias = (bias_size * sample.bias).astype(np.float32)
-        logits = sample.weight.astype(np.float64) @ sample.feature + bias
+        found = recover_update(rounded_update(sample, 1.0, 0.1))
+        assert found.verdict_name == "unique"
+        np.testing.assert_allclose(found.label, sample.label, atol=1e-5)
+        np.testing.assert_allclose(found.feature, sample.feature, atol=1e-4)
+
+
+def test_several_steps_are_never_unique(draw: Callable) -> None:
+    sample = draw("smoothing", 0, number_of_classes=CLASSES, features=FEATURES, has_bias=True, dtype=np.float64)
+    exact = rounded_update(sample, 1.0, 0.1)
+    after = jax.tree.map(lambda leaf, g: leaf - np.float32(0.1) * g, exact.parameters, exact.gradients)
+    found = recover_update(observe_update(exact.parameters, after, learning_rate=0.05, local_steps=2))
+    assert found.verdict_name == "ambiguous"
+
+
+def test_noise_on_the_bias_moves_the_length_of_the_feature(draw: Callable, assert_honest: Callable) -> None:
+    """Gaussian noise on all entries alike: with long features, the error of 1 / |x| is most of the label's error."""
+    for seed in range(10):
+        family = ("smoothing", "mixup")[seed % 2]
+        sample = draw(family, seed, number_of_classes=CLASSES, features=FEATURES, has_bias=True, dtype=np.float64)
+        feature = 8 * sample.feature
+        logits = sample.weight.astype(np.float64) @ feature + sample.bias
         error = np.exp(logits - logits.max())
         error = error / error.sum() - sample.label
-        before = {"head": {"weight": sample.weight, "bias": bias}}
-        gradient = {"head": {"weight": np.outer(error, sample.feature), "bias": error}}
-        after = jax.tree.map(lambda leaf, g: (leaf - rate * g).astype(np.float32), before, gradient)
-        found = recover_update(observe_update(before, after, learning_rate=rate))
+        noise = 1e-4 * np.random.default_rng(seed).normal(size=(CLASSES, FEATURES + 1))
+        gradient = {"head": {"weight": np.outer(error, feature) + noise[:, :-1], "bias": error + noise[:, -1]}}
+        gradient = jax.tree.map(lambda leaf: leaf.astype(np.float32), gradient)
+        parameters = {"head": {"weight": sample.weight, "bias": sample.bias}}
+        # Next to nothing is said about the noise: it has to be measured.
+        rounding = jax.tree.map(lambda leaf: np.full(leaf.shape, 1e-12), gradient)
+        found = recover_update(ObservedUpdate(parameters, gradient, rounding, True, True, ""))
         assert_honest(found, sample.label)
-        unique += found.verdict_name == "unique"
-    # A rate that large leaves nothing unclear.
-    assert unique == 6 or rate < 1e-2
