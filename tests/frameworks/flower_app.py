@@ -87,15 +87,8 @@ def main() -> None:
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0}}
     run_simulation(server_app, client_app, num_supernodes=CLIENTS, backend_config=resources)
-    found = [
-        {
-            "round": audit.server_round,
-            "verdict": str(audit.recovery.verdict_name),
-            "label": audit.recovery.label.tolist(),
-        }
-        for audit in strategy.audits
-    ]
-    print(json.dumps(found))
+    found = [(audit.server_round, audit.recovery) for audit in strategy.audits]
+    print(json.dumps([(number, str(one.verdict_name), one.label.tolist()) for number, one in found]))
 
 
 if __name__ == "__main__":

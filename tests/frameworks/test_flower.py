@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -78,6 +79,7 @@ def averaging() -> FedAvg:
 
 def federate(strategy: Any) -> ArrayRecord:
     initial = federation.record(federation.initial_parameters())
+    random.seed(0)  # FedAvg draws the order of the clients, and with it that of its sum.
     return strategy.start(InProcessGrid(), initial, num_rounds=federation.ROUNDS).arrays
 
 
@@ -146,7 +148,7 @@ def test_a_client_that_sends_rubbish_is_reported_and_nothing_else() -> None:
     arrays, _ = strategy.aggregate_train(1, replies)
     assert arrays is not None
     assert [audit.problem is None for audit in strategy.audits] == [True, False, True]
-    assert "fc/weight holds 96 entries that are not finite" in strategy.audits[1].problem
+    assert "fc.weight holds entries that are not finite" in strategy.audits[1].problem
 
 
 def test_bad_options_fail_before_the_first_round() -> None:
