@@ -54,6 +54,7 @@ def recover_many(
         observation.weight_gradient,
         observation.bias,
         observation.bias_gradient,
+        observation.noise,
         check_values=False,
     )
     check_finite("weight", observation.weight)
@@ -113,11 +114,11 @@ class _Options(NamedTuple):
 @partial(jax.jit, static_argnums=(1, 2))
 def _recover_chunk(observation: Observation, options: _Options, thorough: bool) -> Recovery:
     def one(gradients: tuple) -> Recovery:
-        weight_gradient, bias_gradient = gradients
-        single = Observation(observation.weight, weight_gradient, observation.bias, bias_gradient)
+        weight_gradient, bias_gradient, noise = gradients
+        single = Observation(observation.weight, weight_gradient, observation.bias, bias_gradient, noise)
         return recover(single, thorough=thorough, **options._asdict())
 
-    gradients = (observation.weight_gradient, observation.bias_gradient)
+    gradients = (observation.weight_gradient, observation.bias_gradient, observation.noise)
     # Thorough searches run one after the other, each only the branch it needs (consensus or likelihood).
     return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
 
@@ -134,12 +135,15 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int) -> Observat
     contiguous = indices.size == size and indices[-1] - indices[0] == size - 1
     pick = slice(int(indices[0]), int(indices[-1]) + 1) if contiguous else padded
 
-    bias_gradient = observation.bias_gradient
+    def picked(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else jax.device_put(array[pick])
+
     return Observation(
         observation.weight,
         jax.device_put(observation.weight_gradient[pick]),
         observation.bias,
-        None if bias_gradient is None else jax.device_put(bias_gradient[pick]),
+        picked(observation.bias_gradient),
+        picked(observation.noise),
     )
 
 
@@ -149,6 +153,8 @@ def _name_bad_value(observation: Observation) -> None:
     if observation.bias is not None and observation.bias_gradient is not None:
         check_finite("bias", observation.bias)
         check_finite("bias_gradient", observation.bias_gradient)
+    if observation.noise is not None:
+        check_finite("noise", observation.noise)
 
 
 def _settled(result: Recovery) -> np.ndarray:
