@@ -16,7 +16,8 @@ from softinv_jax.labels.verdicts import (
     verdict_names,
 )
 from softinv_jax.observation.head import Observation, find_head, observe, observe_head
-from softinv_jax.recoveries import recover, recover_many
+from softinv_jax.observation.updates import ObservedUpdate, observe_update, observe_update_head
+from softinv_jax.recoveries import recover, recover_many, recover_update
 
 __all__ = [
     "BatchRecovery",
@@ -25,12 +26,16 @@ __all__ = [
     "LabelFormat",
     "LabelKind",
     "Observation",
+    "ObservedUpdate",
     "Recovery",
     "Verdict",
     "find_head",
     "observe",
     "observe_head",
+    "observe_update",
+    "observe_update_head",
     "recover",
     "recover_many",
+    "recover_update",
     "verdict_names",
 ]

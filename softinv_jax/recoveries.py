@@ -1,14 +1,19 @@
-"""`recover` and `recover_many`: what gradients of one last layer give away, of one example each or of a batch."""
+"""`recover`, `recover_many`, `recover_update`: what gradients of a last layer give away, of one example or a batch."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from dataclasses import replace
+from typing import Any, Literal, TypeVar, overload
+
+import jax
+import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery, Reduction, recover_batch
 from softinv_jax.labels import many, recovery
-from softinv_jax.labels.verdicts import Recovery
+from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, observe
+from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 
-__all__ = ["BatchSize", "recover", "recover_many"]
+__all__ = ["BatchSize", "as_approximate", "recover", "recover_many", "recover_update"]
 
 BatchSize = int | Literal["auto"]
 
@@ -78,7 +83,7 @@ def recover_many(
     if _is_one(batch_size):
         return many.recover_many(observation, **options)
     options = _batch_options(options)
-    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    observation = observe(**vars(observation))
     gradients = observation.weight_gradient
     if gradients.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradients.shape}; use recover for one")
@@ -86,10 +91,56 @@ def recover_many(
     recoveries = []
     for index, gradient in enumerate(gradients):
         bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
-        one = Observation(observation.weight, gradient, observation.bias, bias_gradient)
+        noise = None if observation.noise is None else observation.noise[index]
+        one = Observation(observation.weight, gradient, observation.bias, bias_gradient, noise)
         recoveries.append(recover_batch(one, batch_size, **options))
         report(index + 1, len(gradients))
     return recoveries
+
+
+def recover_update(
+    update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None
+) -> Recovery | BatchRecovery:
+    """Recover what the head gives away in a client's update of a whole model.
+
+    Args:
+      update: see `observe_update`.
+      batch_size: examples behind the update; see `recover`.
+      head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
+
+    Returns:
+      A `Recovery` of NumPy arrays, whose `scale` includes the learning rate where that is not known; or a
+      `BatchRecovery` for another batch size than 1. Where the update is not exact, nothing is `unique`.
+
+    Raises:
+      ValueError: as `recover`, for a head that is not found, or a batch behind an update whose scale is not known.
+    """
+    observation = observe_update_head(update, name=head)
+    if not _is_one(batch_size):
+        if not update.scale_known:
+            raise ValueError(f"batch_size = {batch_size!r} needs the learning rate: batches are recovered to scale")
+        batch = recover_batch(observation, batch_size)
+        return batch if update.exact else as_approximate(batch)
+    shared = ("weight", "bias")
+    stacked = {
+        name: array if array is None or name in shared else array[None] for name, array in vars(observation).items()
+    }
+    # Rounding of the parameters is noise, which only the thorough search can deal with.
+    found = many.recover_many(Observation(**stacked), unknown_scale=not update.scale_known, thorough=True)
+    one = jax.tree.map(lambda leaf: leaf[0], found)
+    return one if update.exact else as_approximate(one)
+
+
+Result = TypeVar("Result", Recovery, BatchRecovery)
+
+
+def as_approximate(recovery: Result) -> Result:
+    """The same recovery of a gradient that was not observed exactly: `unique` becomes `ambiguous`.
+
+    What several local steps change is no noise, and no deviation covers it.
+    """
+    verdict = np.where(recovery.verdict == Verdict.UNIQUE, np.int32(Verdict.AMBIGUOUS), recovery.verdict)
+    return replace(recovery, verdict=verdict)  # type: ignore[arg-type]
 
 
 def _is_one(batch_size: BatchSize) -> bool:

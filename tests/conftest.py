@@ -1,7 +1,7 @@
 """What all tests share: strict jax settings, a NumPy client, and compiled recoveries."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +134,16 @@ def check_honesty(found: softinv_jax.Recovery, label: np.ndarray) -> None:
     elif found.verdict_name != "ambiguous":
         assert np.isnan(found.label).all()
         assert np.isnan(found.feature).all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unload_programs() -> Iterator[None]:
+    """Compiled programs stay mapped, and Linux ends a process at 65,530 mappings: drop them long before that."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > 20_000:
+        _compiled.cache_clear()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

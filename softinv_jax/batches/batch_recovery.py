@@ -84,7 +84,7 @@ def recover_batch(
     Raises:
       ValueError: for arrays `observe` refuses, more than one gradient, or a batch size that cannot be.
     """
-    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    observation = observe(**vars(observation))
     if observation.weight_gradient.ndim != 2:
         raise ValueError(
             "recover_batch takes one gradient (C, d), but weight_gradient has shape"
@@ -116,7 +116,10 @@ def _recover_batch(
     has_bias = observation.bias is not None
     weight, gradient = append_bias(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), observation))
     largest = None if batch_size == "auto" else batch_size
-    subspace, singular_values = batch_subspace(weight, gradient, largest, dtype, has_bias=has_bias)
+    known_noise = None if observation.noise is None else np.asarray(observation.noise, np.float64)
+    subspace, singular_values = batch_subspace(
+        weight, gradient, largest, dtype, has_bias=has_bias, known_noise=known_noise
+    )
     rank = subspace.singular_values.size
     total = largest or rank
     divisor = 1.0 if reduction == "sum" else float(total)

@@ -85,7 +85,13 @@ def _rounding_rank(values: np.ndarray, edge: float) -> int | None:
 
 
 def batch_subspace(
-    weight: jax.Array, gradient: jax.Array, largest: int | None, dtype: np.dtype, *, has_bias: bool
+    weight: jax.Array,
+    gradient: jax.Array,
+    largest: int | None,
+    dtype: np.dtype,
+    *,
+    has_bias: bool,
+    known_noise: np.ndarray | None = None,
 ) -> tuple[BatchSubspace, np.ndarray]:
     """Decompose a gradient.
 
@@ -94,6 +100,7 @@ def batch_subspace(
       largest: B, where it is known: a higher rank is noise that has no clear edge.
       dtype: the gradient's own dtype.
       has_bias: whether the last column is a bias.
+      known_noise: (C,) standard deviation of noise on each row's entries, where it is known.
 
     Returns:
       The subspace, and all singular values, in units of the noise.
@@ -106,6 +113,8 @@ def batch_subspace(
     smallest = max(float(jnp.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
     noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
     # Beyond this range, least squares in float64 would see the best known rows only.
+    if known_noise is not None:
+        noise = np.hypot(noise, known_noise)
     noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
     _, values, right = _whitened(matrix, noise)
     rank = _rounding_rank(values, np.sqrt(rows) + np.sqrt(columns))

@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-__all__ = ["InputError", "Report", "person_console", "progress_report", "result_console"]
+__all__ = ["InputError", "Report", "input_errors", "person_console", "progress_report", "result_console"]
 
 # Wide enough for every table when the output is a file or a pipe, where the width is unknown.
 PIPE_WIDTH = 120
@@ -19,6 +19,15 @@ class InputError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+@contextmanager
+def input_errors(prefix: str = "") -> Iterator[None]:
+    """Make every ValueError an InputError that begins with `prefix`."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{prefix}{error}") from error
 
 
 class Report(Protocol):

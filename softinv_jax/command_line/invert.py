@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softinv_jax.command_line.console import InputError, Report, person_console, progress_report, result_console
+from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
     from softinv_jax.command_line.model_files import Tree
     from softinv_jax.command_line.models import Model
     from softinv_jax.images.verdicts import ImageRecovery
+    from softinv_jax.observation.updates import ObservedUpdate
 
 __all__ = ["add_parser", "run"]
 
@@ -26,6 +28,9 @@ Recover the images behind gradients of a whole model, and the labels with them; 
 PARAMETERS.npz and GRADIENTS.npz hold arrays named as flax linen does, parts joined by "/": conv1/kernel (height,
 width, channels in, channels out), conv1/bias, head/kernel (d, C). Gradients have the same names and shapes, with a
 leading axis N for several. Running statistics of batch normalisation are parameters under batch_stats/.
+
+In place of gradients, what clients sent back, for lenet and fcn4: --updated AFTER [AFTER ...], one for each client.
+Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4): no iteration over images,
           usually exact to well below a gray level; says so where it is not
@@ -49,7 +54,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     )
     parser.add_argument("--model", required=True, choices=MODEL_NAMES, help="the network")
     parser.add_argument("--parameters", required=True, metavar="PARAMETERS.npz", help="the model the client was sent")
-    parser.add_argument("--gradients", required=True, metavar="GRADIENTS.npz", help="what clients sent back")
+    parser.add_argument("--gradients", metavar="GRADIENTS.npz", help="what clients sent back")
     parser.add_argument("--out", required=True, metavar="IMAGES.npz", help="where to write the result")
     parser.add_argument("--method", choices=("exact", "matching", "auto"), default="auto", help="see above (auto)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="examples behind each gradient (1)")
@@ -64,6 +69,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("--restarts", type=int, default=1, metavar="N", help="of matching, from other noise (1)")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the images")
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
+    parser.add_argument("--rename", nargs="+", default=[], metavar="OLD=NEW", help="names of layers in --updated")
+    add_update_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,10 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       InputError: for anything the user can put right; nothing has then been written.
     """
-    for option in ("batch_size", "channels", "steps", "restarts", "image_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise InputError(f"--{option.replace('_', '-')} {value}: give 1 or more")
+    _check_options(arguments)
+    import jax  # noqa: PLC0415
+
     from softinv_jax.command_line import model_files, models, recovery_file  # noqa: PLC0415 - load jax
 
     model = models.MODELS[arguments.model]
@@ -86,17 +92,24 @@ def run(arguments: argparse.Namespace) -> None:
     outputs = [path for path in (arguments.out, arguments.figure) if path is not None]
     for path in outputs:
         recovery_file.check_writable(path)
-        if os.path.realpath(path) in map(os.path.realpath, (arguments.parameters, arguments.gradients)):
+        inputs = [arguments.parameters, *(arguments.updated or [arguments.gradients])]
+        if os.path.realpath(path) in map(os.path.realpath, inputs):
             raise InputError(f"{path}: would overwrite an input; choose another name")
-    parameters, statistics = model_files.read_parameters(arguments.parameters)
-    gradients = model_files.read_gradients(arguments.gradients, parameters, arguments.parameters)
     size = arguments.image_size or model.image_size
     shape = (size, size, arguments.channels)
+    updates = None
+    if arguments.updated is None:
+        parameters, statistics = model_files.read_parameters(arguments.parameters)
+        gradients = model_files.read_gradients(arguments.gradients, parameters, arguments.parameters)
+    else:
+        updates = _read_updates(arguments, model, shape)
+        parameters, statistics = updates[0].parameters, {}
+        gradients = jax.tree.map(lambda *leaves: np.stack(leaves), *(update.gradients for update in updates))
 
     start = time.perf_counter()
     with progress_report() as report:
         try:
-            method, result = _recover(arguments, model, parameters, statistics, gradients, shape, report)
+            method, result = _recover(arguments, model, parameters, statistics, gradients, shape, report, updates)
         except ValueError as error:
             raise InputError(str(error)) from error
     seconds = time.perf_counter() - start
@@ -107,13 +120,43 @@ def run(arguments: argparse.Namespace) -> None:
 
         figure = recovered_images_figure(arrays["images"], arrays["verdict"].tolist())
         recovery_file.write_atomically(arguments.figure, lambda file: figure.savefig(file, format="png"))
-    summary = _summary(arguments, method, arrays, seconds)
+    summary = _summary(arguments, method, arrays, seconds, None if updates is None else updates[0].statement)
     if arguments.json:
         print(json.dumps(summary, allow_nan=False, indent=1))
     console = person_console() if arguments.json else result_console()
     counts = ", ".join(f"{count} {name}" for name, count in summary["verdicts"].items() if count)
+    if updates is not None:
+        console.print(updates[0].statement, markup=False)
     console.print(f"{len(arrays['images'])} images by {method}: {counts}.", markup=False)
     console.print(f"Everything is in {' and '.join(outputs)}.", markup=False, soft_wrap=True)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Before jax is loaded: what needs no look at the files."""
+    check_update_options(arguments)
+    if (arguments.gradients is None) == (arguments.updated is None):
+        raise InputError("give either --gradients GRADIENTS.npz or --updated AFTER")
+    if arguments.updated is None and arguments.rename:
+        raise InputError("--rename is for --updated")
+    if not all(old and new for old, _, new in _renamed(arguments)):
+        raise InputError(f"--rename {' '.join(arguments.rename)}: give OLD=NEW, such as body.0=conv1")
+    for option in ("batch_size", "channels", "steps", "restarts", "image_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} {value}: give 1 or more")
+
+
+def _renamed(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
+    return [rename.partition("=") for rename in arguments.rename]
+
+
+def _read_updates(arguments: argparse.Namespace, model: "Model", shape: tuple[int, int, int]) -> "list[ObservedUpdate]":
+    from softinv_jax.command_line import update_files  # noqa: PLC0415
+
+    if model.chain is None:
+        raise InputError(f"--updated is for chains of layers (lenet, fcn4), not {arguments.model}")
+    names = {old: new for old, _, new in _renamed(arguments)}
+    return update_files.read_updates(arguments, update_files.chain_tree(model.chain, shape, names))
 
 
 def _recover(
@@ -124,24 +167,35 @@ def _recover(
     gradients: "Tree",
     shape: tuple[int, int, int],
     report: Report,
+    updates: "list[ObservedUpdate] | None",
 ) -> "tuple[str, ImageRecovery]":
     from softinv_jax.images.determinacy import count_equations  # noqa: PLC0415
     from softinv_jax.images.inversion import invert, match  # noqa: PLC0415
 
+    unknown_scale = arguments.unknown_scale or (updates is not None and not updates[0].scale_known)
     if model.chain is not None and arguments.method != "matching":
         counts = count_equations(model.chain, parameters, shape, arguments.batch_size)
         if arguments.method == "exact" or all(count.determined for count in counts):
+            heads = None
+            if updates is not None and arguments.batch_size == 1:
+                from softinv_jax.command_line.update_files import observe_heads  # noqa: PLC0415
+                from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
+
+                # With the noise that the parameters' rounding is known to leave, which gradients alone do not tell.
+                heads = recover_many(observe_heads(updates, "head"), unknown_scale=unknown_scale, thorough=True)
+                heads = heads if updates[0].exact else as_approximate(heads)
             result = invert(
                 model.chain,
                 parameters,
                 gradients,
                 shape,
                 batch_size=arguments.batch_size,
-                unknown_scale=arguments.unknown_scale,
+                unknown_scale=unknown_scale,
+                heads=heads,
                 progress=lambda done, total: report(done, total, "inverting layer by layer"),
             )
             return "exact", result
-    if arguments.unknown_scale:
+    if unknown_scale:
         raise ValueError("--unknown-scale needs --method exact: matching compares gradients with their scale")
     from softinv_jax.client.networks import apply_function  # noqa: PLC0415
     from softinv_jax.images.objective import MatchingSettings  # noqa: PLC0415
@@ -184,7 +238,7 @@ def _arrays(result: "ImageRecovery") -> dict[str, np.ndarray]:
 
 
 def _summary(
-    arguments: argparse.Namespace, method: str, arrays: dict[str, np.ndarray], seconds: float
+    arguments: argparse.Namespace, method: str, arrays: dict[str, np.ndarray], seconds: float, statement: str | None
 ) -> dict[str, Any]:
     from softinv_jax.images.verdicts import ImageVerdict  # noqa: PLC0415
 
@@ -194,6 +248,8 @@ def _summary(
         "model": arguments.model,
         "parameters": arguments.parameters,
         "gradients": arguments.gradients,
+        "updated": arguments.updated,
+        "update": statement,
         "out": arguments.out,
         "method": method,
         "batch_size": arguments.batch_size,

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from softinv_jax.command_line.console import InputError
+from softinv_jax.command_line.console import input_errors
 from softinv_jax.command_line.mapped_npz import map_arrays
-from softinv_jax.command_line.npz_file import read_arrays
+from softinv_jax.frameworks.npz_file import read_npz
 from softinv_jax.observation.head import Observation, observe
 
 __all__ = ["read_observation"]
@@ -27,15 +27,14 @@ def read_observation(path: str, *, mapped: bool = False) -> Observation:
     Raises:
       InputError: one line that names the file, what is wrong, and the remedy.
     """
-    if mapped:
-        arrays = map_arrays(path)
-        _check_keys(path, list(arrays))
-    else:
-        arrays = read_arrays(path, lambda names: _check_keys(path, names))
-    try:
+    with input_errors():
+        if mapped:
+            arrays = map_arrays(path)
+            _check_keys(list(arrays))
+        else:
+            arrays = read_npz(path, _check_keys)
+    with input_errors(f"{path}: "):
         observation = _observe(arrays, check_values=not mapped)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
     if observation.weight_gradient.ndim == 2:
         arrays = {name: array[None] if name.endswith("gradient") else array for name, array in arrays.items()}
         observation = _observe(arrays, check_values=not mapped)
@@ -47,13 +46,13 @@ def _observe(arrays: dict[str, np.ndarray], check_values: bool) -> Observation:
     return observe(*weights, arrays.get("bias"), arrays.get("bias_gradient"), check_values=check_values)
 
 
-def _check_keys(path: str, names: list[str]) -> None:
+def _check_keys(names: list[str]) -> None:
     missing = [name for name in _REQUIRED if name not in names]
     unknown = [name for name in names if name not in _REQUIRED + _OPTIONAL]
     known = f"an observation has {', '.join(_REQUIRED)} and, for a head with a bias, {', '.join(_OPTIONAL)}"
     if missing:
         found = ", ".join(map(repr, names[:6])) or "nothing"
-        raise InputError(f"{path}: {' and '.join(missing)} missing (it holds {found}); {known}")
+        raise ValueError(f"{' and '.join(missing)} missing (it holds {found}); {known}")
     if unknown:
         listed = ", ".join(map(repr, unknown[:6]))
-        raise InputError(f"{path}: unknown {'array' if len(unknown) == 1 else 'arrays'} {listed}; {known}")
+        raise ValueError(f"unknown {'array' if len(unknown) == 1 else 'arrays'} {listed}; {known}")

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from softinv_jax.command_line.console import InputError, Report, progress_report, result_console
+from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +28,9 @@ OBSERVATION.npz, as np.savez writes it, holds (C classes, d features, N gradient
   weight_gradient  (C, d) or (N, C, d)  what the clients sent
   bias             (C,)                 for a head with a bias only, and then
   bias_gradient    (C,) or (N, C)       with it
+
+In place of gradients, the model before and after a client's training: --parameters BEFORE --updated AFTER [AFTER ...],
+one AFTER for each client. The head is found by shape and name; without --learning-rate the scale is unknown.
 
 RECOVERY.npz holds, with NaN where nothing is recovered,
   labels (N, 1, C), features (N, 1, d), scale (N,)
@@ -54,7 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("observation", metavar="OBSERVATION.npz", help="what the server saw")
+    parser.add_argument("observation", nargs="?", metavar="OBSERVATION.npz", help="what the server saw")
     parser.add_argument("--out", required=True, metavar="RECOVERY.npz", help="where to write the result")
     parser.add_argument(
         "--unknown-scale",
@@ -85,6 +89,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--chunk", type=_chunk, metavar="N", help="read and recover N gradients at a time; can be resumed"
     )
     parser.add_argument("--label-format", choices=("smoothing", "mixup"), help="the format for --method variance")
+    parser.add_argument("--parameters", metavar="BEFORE", help="the model the clients were sent, for --updated")
+    parser.add_argument("--head", metavar="LAYER", help="the last dense layer, where --updated leaves it open")
+    add_update_options(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
     parser.set_defaults(run=run)
 
@@ -98,22 +105,41 @@ def run(arguments: argparse.Namespace) -> None:
     _check_method(arguments)
     from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
 
-    in_parts = arguments.batch_size == 1 and (arguments.chunk is not None or _is_large(arguments.observation))
-    observation = observation_file.read_observation(arguments.observation, mapped=in_parts)
+    statement, in_parts = None, False
+    if arguments.updated is None:
+        in_parts = arguments.batch_size == 1 and (arguments.chunk is not None or _is_large(arguments.observation))
+        observation = observation_file.read_observation(arguments.observation, mapped=in_parts)
+        inputs = [arguments.observation]
+    else:
+        from softinv_jax.command_line import update_files  # noqa: PLC0415
+
+        updates = update_files.read_updates(arguments)
+        observation, statement = update_files.observe_heads(updates, arguments.head), updates[0].statement
+        inputs = [arguments.parameters, *arguments.updated]
+        # A learning rate that is not known is an unknown factor.
+        arguments.unknown_scale = arguments.unknown_scale or arguments.learning_rate is None
+    unknown_scale = arguments.unknown_scale
     if observation.bias is not None and arguments.method == "variance":
         raise InputError("--method variance needs a head without bias; use --method exact")
     recovery_file.check_writable(arguments.out)
-    if os.path.realpath(arguments.out) == os.path.realpath(arguments.observation):
-        raise InputError(f"{arguments.out}: --out would overwrite the observation; choose another name")
+    if os.path.realpath(arguments.out) in map(os.path.realpath, inputs):
+        raise InputError(f"{arguments.out}: --out would overwrite an input; choose another name")
+    source = {"observation": arguments.observation}
+    if statement is not None:
+        source = {"parameters": arguments.parameters, "updated": arguments.updated, "update": statement}
 
     if arguments.batch_size != 1:
-        _recover_batches(arguments, observation)
+        _recover_batches(arguments, observation, source)
         return
     start = time.perf_counter()
     examples = observation.weight_gradient.shape[0]
     with progress_report() as report:
         report(0, examples, "compiling for this shape")
         recovery = (_recover_in_parts if in_parts else _recover_whole)(arguments, observation, report)
+    if arguments.local_steps > 1:
+        from softinv_jax.recoveries import as_approximate  # noqa: PLC0415
+
+        recovery = as_approximate(recovery)
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
     if in_parts:
@@ -122,8 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     from softinv_jax.report.summary import recovery_summary, recovery_table  # noqa: PLC0415
 
     summary = recovery_summary(recovery)
-    context = {
-        "observation": arguments.observation,
+    context = source | {
         "out": arguments.out,
         "examples": examples,
         "classes": observation.weight.shape[0],
@@ -132,7 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(observation.weight_gradient.dtype),
         "method": arguments.method,
         "label_format": arguments.label_format,
-        "scale": "unknown" if arguments.unknown_scale else "known",
+        "scale": "unknown" if unknown_scale else "known",
         "seconds": round(seconds, 3),
     }
     _show(arguments, context, summary, recovery_table)
@@ -142,7 +167,10 @@ def _recover_whole(arguments: argparse.Namespace, observation: "Observation", re
     from softinv_jax.recoveries import recover_many  # noqa: PLC0415
 
     return recover_many(
-        observation, progress=lambda done, total: report(done, total, "recovering"), **_options(arguments)
+        observation,
+        thorough=arguments.updated is not None,  # The parameters' rounding is noise.
+        progress=lambda done, total: report(done, total, "recovering"),
+        **_options(arguments),
     )
 
 
@@ -204,9 +232,9 @@ def _batch_size(text: str) -> int | str:
     return value
 
 
-def _recover_batches(arguments: argparse.Namespace, observation: "Observation") -> None:
+def _recover_batches(arguments: argparse.Namespace, observation: "Observation", source: dict[str, Any]) -> None:
     from softinv_jax.command_line import recovery_file  # noqa: PLC0415
-    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
+    from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
     from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
 
     start = time.perf_counter()
@@ -222,11 +250,12 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation") 
             )
         except ValueError as error:
             raise InputError(str(error)) from error
+    if arguments.local_steps > 1:
+        recoveries = [as_approximate(one) for one in recoveries]
     seconds = time.perf_counter() - start
     recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
     summary = batch_summary(recoveries)
-    context = {
-        "observation": arguments.observation,
+    context = source | {
         "out": arguments.out,
         "gradients": gradients,
         "classes": observation.weight.shape[0],
@@ -249,12 +278,25 @@ def _show(
         print(json.dumps(context | summary, allow_nan=False, indent=1))
         return
     console = result_console()
+    if "update" in context:
+        console.print(context["update"], markup=False)
     console.print(table(summary))
     console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
 
 
 def _check_method(arguments: argparse.Namespace) -> None:
     """Before jax is loaded: what needs no look at the files."""
+    check_update_options(arguments)
+    if arguments.updated is None and (arguments.parameters is not None or arguments.head is not None):
+        raise InputError("--parameters and --head go with --updated; give what the clients sent back")
+    if (arguments.observation is None) == (arguments.updated is None):
+        raise InputError("give either OBSERVATION.npz, or --parameters BEFORE and --updated AFTER")
+    if arguments.updated is not None and arguments.chunk is not None:
+        raise InputError("--chunk is for OBSERVATION.npz; leave it out with --updated")
+    if arguments.updated is not None and arguments.parameters is None:
+        raise InputError("--updated needs --parameters, the model the clients were sent")
+    if arguments.updated is not None and arguments.batch_size != 1 and arguments.learning_rate is None:
+        raise InputError("--batch-size needs a known scale; give --learning-rate")
     if arguments.method == "variance" and arguments.label_format is None:
         raise InputError("--method variance must be told --label-format smoothing or mixup; or use --method exact")
     if arguments.method == "variance" and arguments.unknown_scale:

@@ -104,13 +104,13 @@ def _distinct(polished: Consensus, listed: int) -> Consensus:
 
 
 def explain_by_likelihood(
-    equation: ScalarEquation, direction_covariance: jax.Array, unknowns: Unknowns
+    equation: ScalarEquation, direction_covariance: jax.Array, factor_variance: jax.Array, unknowns: Unknowns
 ) -> Explanations:
     """Under noise: maximum likelihood from the best hypotheses and from the weighted variance loss.
 
     Args:
       equation: with `left_deviation` and `direction_deviation` measured. unknowns: static.
-      direction_covariance: (C, C), covariance of the errors of z.
+      direction_covariance: (C, C), covariance of the errors of z. factor_variance: () of the error of kappa.
     """
     plan = plan_triples(equation.direction.size, THOROUGH_TRIPLES)
     hypotheses = solve_hypotheses(equation, plan, unknowns)
@@ -135,7 +135,7 @@ def explain_by_likelihood(
     ]
     fits = jax.vmap(
         lambda scalar, factor, agreeing: fit_likelihood(
-            equation, direction_covariance, scalar, factor, agreeing, unknowns
+            equation, direction_covariance, factor_variance, scalar, factor, agreeing, unknowns
         )
     )(*starts)
     best = argmin(fits.cost)

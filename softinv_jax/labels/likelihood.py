@@ -7,7 +7,8 @@ logits by zeta with covariance lambda^2 tau^2 W P W^T (P projects off v). The la
     softmax(lambda z + b + zeta) - kappa u - y(w) = 0,      y(w) = 1/C + sum_t w_t (e_t - 1/C),
 
 t over the classes that are singled out. Generalised least squares in (lambda, kappa, w) with zeta integrated out is
-its Gauss-Newton iteration; the sum constraint of the label is built into y(w).
+its Gauss-Newton iteration; the sum constraint of the label is built into y(w). Where a bias fixes lambda and kappa,
+the error of v moves kappa too.
 """
 
 from dataclasses import dataclass, replace
@@ -88,8 +89,9 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
     """
     spread = jnp.maximum(jnp.max(equation.direction) - jnp.min(equation.direction), 1e-300)
     magnitudes = jnp.geomspace(0.02, 500.0, GRID) / spread
+    scalars = jnp.concatenate([-magnitudes[::-1], magnitudes])
     if not unknowns.scalar:
-        magnitudes = jnp.broadcast_to(jnp.abs(equation.known_scalar), (GRID,))
+        scalars = jnp.broadcast_to(equation.known_scalar, scalars.shape)
 
     def loss(scalar: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset)
@@ -109,7 +111,6 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
                 agreeing = agreeing & (jnp.arange(agreeing.size, dtype=jnp.int32) != worst)
         return jnp.sum(jnp.where(agreeing, residual**2, 0.0)), factor, agreeing
 
-    scalars = jnp.concatenate([-magnitudes[::-1], magnitudes])
     losses, factors, agreeing = jax.vmap(loss)(scalars)
     padded = jnp.concatenate([jnp.full((1,), jnp.inf), losses, jnp.full((1,), jnp.inf)])
     lowest = (losses <= padded[:-2]) & (losses <= padded[2:])
@@ -120,6 +121,7 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
 def fit_likelihood(
     equation: ScalarEquation,
     direction_covariance: jax.Array,
+    factor_variance: jax.Array,
     scalar: jax.Array,
     factor: jax.Array,
     agreeing: jax.Array,
@@ -130,6 +132,8 @@ def fit_likelihood(
     Args:
       equation: the scalar equation, with `left_deviation` measured.
       direction_covariance: (C, C) float64, covariance tau^2 W P W^T of the errors of z.
+      factor_variance: () float64, variance of the error of kappa where that is no unknown but measured: the head has a
+        bias and the scale is known. Zero elsewhere.
       scalar, factor: () start. agreeing: (C,) bool, start.
       unknowns: static.
     """
@@ -149,6 +153,8 @@ def fit_likelihood(
         prediction, raw, deviation = evaluate(scalar, factor, shift)
         softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
         spread = softmax_slope @ direction_covariance @ softmax_slope * scalar**2
+        # Taken as independent of the error of z, of the same origin: at worst a factor of sqrt(2) is lost.
+        spread = spread + factor_variance * equation.left[:, None] * equation.left[None, :]
         return raw, softmax_slope, jnp.diag(deviation**2) + spread
 
     def columns(
@@ -186,7 +192,10 @@ def fit_likelihood(
         used = jnp.where(active, weights, 0.0)
         residual = (raw - weights_to_label(weights, slots, active)) / deviation
         tie = jnp.where(sum_precision > 0, sum_precision * (jnp.sum(used) - 1) ** 2, 0.0)
-        return jnp.sum(residual**2) - jnp.sum(dual * shift) + jnp.sum(used**2) + tie
+        # The error of kappa that explains most of the residual, at its price.
+        by_factor = equation.left / deviation
+        explained = factor_variance * jnp.sum(by_factor * residual) ** 2 / (1 + factor_variance * jnp.sum(by_factor**2))
+        return jnp.sum(residual**2) - explained - jnp.sum(dual * shift) + jnp.sum(used**2) + tie
 
     def solve(state: _State, slots: jax.Array, active: jax.Array, sum_precision: jax.Array) -> _Step:
         scalar, factor, weights, dual = state

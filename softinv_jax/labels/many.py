@@ -61,6 +61,7 @@ def recover_many(
         observation.weight_gradient,
         observation.bias,
         observation.bias_gradient,
+        observation.noise,
         check_values=False,
     )
     check_finite("weight", observation.weight)
@@ -156,8 +157,8 @@ class _Place(NamedTuple):
 def _recover_chunk(observation: Observation, options: _Options, thorough: bool, place: _Place) -> Recovery:
     def share(weight: jax.Array, bias: jax.Array | None, gradients: tuple) -> Recovery:
         def one(gradients: tuple) -> Recovery:
-            weight_gradient, bias_gradient = gradients
-            single = Observation(weight, weight_gradient, bias, bias_gradient)
+            weight_gradient, bias_gradient, noise = gradients
+            single = Observation(weight, weight_gradient, bias, bias_gradient, noise)
             return recover(single, thorough=thorough, **options._asdict())
 
         # Thorough searches run one after the other, each only the branch it needs (consensus or likelihood).
@@ -169,7 +170,8 @@ def _recover_chunk(observation: Observation, options: _Options, thorough: bool, 
         share = jax.shard_map(
             share, mesh=place.mesh, in_specs=(all_alike, all_alike, each), out_specs=each, check_vma=False
         )
-    return share(observation.weight, observation.bias, (observation.weight_gradient, observation.bias_gradient))
+    gradients = (observation.weight_gradient, observation.bias_gradient, observation.noise)
+    return share(observation.weight, observation.bias, gradients)
 
 
 def _in_turn(search: Callable[[int], Recovery], starts: Sequence[int], place: _Place) -> Iterator[Recovery]:
@@ -201,12 +203,15 @@ def _chunk(observation: Observation, indices: np.ndarray, size: int, place: _Pla
     contiguous = indices.size == size and indices[-1] - indices[0] == size - 1
     pick = slice(int(indices[0]), int(indices[-1]) + 1) if contiguous else padded
 
-    bias_gradient = observation.bias_gradient
+    def picked(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else place.put(array[pick])
+
     return Observation(
         observation.weight,
         place.put(observation.weight_gradient[pick]),
         observation.bias,
-        None if bias_gradient is None else place.put(bias_gradient[pick]),
+        picked(observation.bias_gradient),
+        picked(observation.noise),
     )
 
 
@@ -216,6 +221,8 @@ def _name_bad_value(observation: Observation) -> None:
     if observation.bias is not None and observation.bias_gradient is not None:
         check_finite("bias", observation.bias)
         check_finite("bias_gradient", observation.bias_gradient)
+    if observation.noise is not None:
+        check_finite("noise", observation.noise)
 
 
 def _settled(result: Recovery) -> np.ndarray:

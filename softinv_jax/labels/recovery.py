@@ -1,6 +1,7 @@
 """`recover`: from the gradient of one last layer to soft label, feature, scale and verdict."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -12,7 +13,13 @@ from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain
 from softinv_jax.labels.hard_label import odd_class
 from softinv_jax.labels.interval import feasible_interval
 from softinv_jax.labels.label_format import read_format, structured_label
-from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
+from softinv_jax.labels.scalar_equation import (
+    TOLERANCE,
+    ScalarEquation,
+    Unknowns,
+    label_deviation,
+    probabilities,
+)
 from softinv_jax.labels.variance import FORMATS, minimise_variance
 from softinv_jax.labels.verdicts import Candidates, Evidence, LabelFormat, LabelKind, Recovery, Verdict
 from softinv_jax.observation.head import Observation, append_bias, observe
@@ -22,6 +29,7 @@ from softinv_jax.observation.rank_one import (
     dominant_factors,
     leading_singular_factors,
     unit_roundoff,
+    with_known_noise,
 )
 
 __all__ = ["Method", "recover"]
@@ -70,7 +78,7 @@ def recover(
     Raises:
       ValueError: for arrays `observe` refuses, an unknown method, or a method that does not apply to the head.
     """
-    observation = observe(observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient)
+    observation = observe(**vars(observation))
     if observation.weight_gradient.ndim != 2:
         raise ValueError(
             f"recover takes one example, but weight_gradient has shape {observation.weight_gradient.shape};"
@@ -100,8 +108,12 @@ def _recover(
         factors = leading_singular_factors(gradient, factors)
     elif has_bias:
         factors = average_rows(gradient, factors)
-    equation, direction_covariance = _scalar_equation(weight, factors, gradient.dtype, has_bias, thorough)
-
+    if observation.noise is not None:
+        factors = with_known_noise(factors, observation.noise, gradient.dtype)
+    dtype = gradient.dtype
+    equation, direction_covariance, feature_variance = _scalar_equation(weight, factors, dtype, has_bias, thorough)
+    # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
+    factor_variance = feature_variance if has_bias and not unknown_scale else jnp.zeros_like(feature_variance)
     if method == "idlg":
         explanations = _hard_explanation(equation, factors, unknowns)
     elif method == "variance":
@@ -113,19 +125,19 @@ def _recover(
         explanations = jax.lax.cond(
             factors.is_rounding,
             lambda: explain_by_consensus(equation, unknowns, thorough=True),
-            lambda: explain_by_likelihood(equation, direction_covariance, unknowns),
+            lambda: explain_by_likelihood(equation, direction_covariance, factor_variance, unknowns),
         )
     recovery = _conclude(equation, factors, explanations, unknowns, weight, method, thorough)
     if has_bias:
         recovery = replace(recovery, feature=recovery.feature[:-1])
-    dtype = jnp.promote_types(observation.weight_gradient.dtype, jnp.float32)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float64 else leaf, recovery)
+    kept = jnp.promote_types(dtype, jnp.float32)
+    return jax.tree.map(lambda leaf: leaf.astype(kept) if leaf.dtype == jnp.float64 else leaf, recovery)
 
 
 def _scalar_equation(
     weight: jax.Array, factors: RankOneFactors, dtype: jnp.dtype, has_bias: bool, thorough: bool
-) -> tuple[ScalarEquation, jax.Array]:
-    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
+) -> tuple[ScalarEquation, jax.Array, jax.Array]:
+    """The scalar equation, and from the noise on v (thorough only) the (C, C) covariance of z and the variance of v."""
     weight64 = weight.astype(jnp.float64)
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
@@ -141,9 +153,9 @@ def _scalar_equation(
     scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
     covariance = jnp.zeros((number_of_classes, number_of_classes))
     direction_deviation = zeros
+    feature_variance = jnp.zeros(())
     if thorough:
-        square = jnp.sum(factors.left**2)
-        feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+        feature_variance = _feature_variance(factors)
         if has_bias:
             # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
             tied = weight64.at[:, -1].add(-scalar * direction)
@@ -161,7 +173,7 @@ def _scalar_equation(
         roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
         known_scalar=scalar,
     )
-    return equation, covariance
+    return equation, covariance, feature_variance
 
 
 def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unknowns) -> Explanations:
@@ -238,12 +250,21 @@ def _conclude(
     unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & ~jnp.any(rivals) & sharp
     unique = unique & (by_theorem | explanations.exhaustive)
     signal = _has_signal(factors, features)
+    square = jnp.sum(equation.left**2)
+    feature_variance = _feature_variance(factors)
     structured = listed[0]
     if method == "idlg":
         structured = jnp.asarray(True)
         ambiguous, unique = signal, jnp.asarray(False)
     elif closed_form:
-        ambiguous, unique = jnp.asarray(False), signal & jnp.all(jnp.isfinite(best.label))
+        plain = _without_structure(best, equation, feature_variance)
+        best = jax.tree.map(partial(jnp.where, structured | factors.is_rounding), best, plain)
+        # A structure that an accident might show settles nothing that y = p - kappa u leaves open.
+        sharp = TOLERANCE * jnp.max(plain.label_deviation) <= SHARP_LABEL
+        # Beyond that, lambda could be anything.
+        known_length = TOLERANCE * jnp.abs(best.scalar) * jnp.sqrt(feature_variance) <= 1
+        ambiguous = signal & known_length & jnp.all(jnp.isfinite(best.label))
+        unique = ambiguous & (factors.is_rounding | unique | sharp)
     else:
         ambiguous = jnp.any(listed)
     verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
@@ -256,12 +277,11 @@ def _conclude(
     label = jnp.where(structured, shaped, label)
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
-    square = jnp.sum(equation.left**2)
-    feature_variance = jnp.sum((equation.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
     feature = best.scalar * right
     if explanations.feature_pull is not None:
         pull = explanations.feature_pull @ weight.astype(jnp.float64)
-        pull = pull - right * jnp.sum(right * pull)
+        # What a structure that does not fit would say of the feature is nothing.
+        pull = jnp.where(structured, pull - right * jnp.sum(right * pull), 0.0)
         feature = feature - best.scalar**2 * feature_variance * pull
 
     prediction = jax.nn.softmax(best.scalar * equation.direction + equation.offset)
@@ -321,6 +341,21 @@ def _conclude(
             residual=known(jnp.hypot(mismatch, factors.residual)),
         ),
     )
+
+
+def _without_structure(best: Consensus, equation: ScalarEquation, feature_variance: jax.Array) -> Consensus:
+    """y = p - kappa u as it is, and how exactly: for a known lambda, under noise that hides the label's structure."""
+    prediction = probabilities(equation, best.scalar)
+    label = prediction - best.factor * equation.left
+    deviation = label_deviation(equation, best.scalar, best.factor, prediction, label)
+    deviation = jnp.sqrt(deviation**2 + feature_variance * equation.left**2)
+    return replace(best, label=label, label_deviation=deviation)
+
+
+def _feature_variance(factors: RankOneFactors) -> jax.Array:
+    """() variance of each entry of the unit vector v from the noise on all rows."""
+    square = jnp.sum(factors.left**2)
+    return jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
 
 
 def _contradict(found: Consensus, unknowns: Unknowns) -> jax.Array:

@@ -24,12 +24,15 @@ class Observation:
       weight_gradient: (C, d) dL/dW, or (N, C, d) for N examples.
       bias: (C,) b, or None for a head without one.
       bias_gradient: (C,) or (N, C) dL/db, or None.
+      noise: (C,) or (N, C) standard deviation that noise on each row's entries is known to have, bias included, or
+        None. Noise is measured in any case; the larger counts.
     """
 
     weight: jax.Array
     weight_gradient: jax.Array
     bias: jax.Array | None = None
     bias_gradient: jax.Array | None = None
+    noise: jax.Array | None = None
 
 
 def observe(
@@ -37,6 +40,7 @@ def observe(
     weight_gradient: ArrayLike,
     bias: ArrayLike | None = None,
     bias_gradient: ArrayLike | None = None,
+    noise: ArrayLike | None = None,
     *,
     check_values: bool = True,
 ) -> Observation:
@@ -45,6 +49,7 @@ def observe(
     Args:
       weight: (C, d), floating. weight_gradient: (C, d) or (N, C, d), floating.
       bias: (C,) and bias_gradient: (C,) or (N, C), or neither.
+      noise: (C,) or (N, C), zero or positive, or None; see `Observation`.
       check_values: look for NaN and infinite entries, which reads every byte once. NumPy arrays stay NumPy arrays.
 
     Raises:
@@ -60,11 +65,16 @@ def observe(
     arrays = {"weight": weight, "weight_gradient": weight_gradient}
     if bias is not None and bias_gradient is not None:
         arrays |= {"bias": bias, "bias_gradient": bias_gradient}
+    if noise is not None:
+        arrays |= {"noise": noise}
     checked = {name: _floating(name, value) for name, value in arrays.items()}
     _check_shapes(checked)
     if check_values:
         for name, value in checked.items():
             check_finite(name, value)
+        noise = checked.get("noise")
+        if noise is not None and not isinstance(noise, jax.core.Tracer) and np.any(np.asarray(noise) < 0):
+            raise ValueError(f"noise must be zero or positive, but its smallest entry is {np.asarray(noise).min()}")
     return Observation(**checked)
 
 
@@ -110,12 +120,12 @@ def _check_shapes(arrays: Mapping[str, jax.Array]) -> None:
             f"weight_gradient must have shape (C, d) = {weight.shape} or (N, C, d) with N >= 1, but it has shape"
             f" {gradient.shape}"
         )
-    if "bias" in arrays:
-        if arrays["bias"].shape != (number_of_classes,):
-            raise ValueError(f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}")
-        expected = (*gradient.shape[:-2], number_of_classes)
-        if arrays["bias_gradient"].shape != expected:
-            raise ValueError(f"bias_gradient must have shape {expected}, not {arrays['bias_gradient'].shape}")
+    if "bias" in arrays and arrays["bias"].shape != (number_of_classes,):
+        raise ValueError(f"bias must have shape (C,) = ({number_of_classes},), not {arrays['bias'].shape}")
+    expected = (*gradient.shape[:-2], number_of_classes)
+    for name in ("bias_gradient", "noise"):
+        if name in arrays and arrays[name].shape != expected:
+            raise ValueError(f"{name} must have shape {expected}, not {arrays[name].shape}")
 
 
 def check_finite(name: str, value: jax.Array) -> None:

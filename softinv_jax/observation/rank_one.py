@@ -13,7 +13,14 @@ import numpy as np
 
 from softinv_jax.float64 import argmax
 
-__all__ = ["RankOneFactors", "average_rows", "dominant_factors", "leading_singular_factors", "unit_roundoff"]
+__all__ = [
+    "RankOneFactors",
+    "average_rows",
+    "dominant_factors",
+    "leading_singular_factors",
+    "unit_roundoff",
+    "with_known_noise",
+]
 
 PROBES = 4
 COLUMNS = 64
@@ -145,3 +152,20 @@ def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> Rank
     total = jnp.sqrt(jnp.sum(left**2))
     relative = jnp.sqrt(jnp.sum(residual**2)) / jnp.where(total == 0, 1.0, total)
     return RankOneFactors(left, right, jnp.ones(()), row_noise, relative, is_rounding)
+
+
+def with_known_noise(factors: RankOneFactors, noise: jax.Array, dtype: jnp.dtype) -> RankOneFactors:
+    """The same factors where each row's entries are known to carry noise of deviation `noise` (C,).
+
+    The noise measured is an average over columns; a column that carries more (a bias) does not show in it.
+
+    Args:
+      dtype: of the gradient.
+    """
+    noise = noise.astype(jnp.float64)
+    rounding = unit_roundoff(dtype) / np.sqrt(3 * factors.right.size) * jnp.abs(factors.left)
+    return replace(
+        factors,
+        row_noise=jnp.maximum(factors.row_noise, noise),
+        is_rounding=factors.is_rounding & jnp.all(noise <= rounding),
+    )

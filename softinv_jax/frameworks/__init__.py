@@ -1,0 +1,1 @@
+"""Observations from other frameworks: parameter files, PyTorch's layouts, Flower."""

@@ -1,0 +1,213 @@
+"""From a model's parameters before and after a client's local training to the gradient behind them.
+
+One step of stochastic gradient descent from a fresh optimiser is `after = before - learning_rate * f * (g + w before)`,
+with weight decay w and a factor f that is 1 but for Nesterov momentum: the gradient g follows exactly, up to the
+rounding of `after`. Several steps add gradients taken at parameters that move: what comes out is their average, which
+the recoveries can only take for the gradient at `before`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.observation.head import Observation, find_head, observe_head
+
+__all__ = ["ObservedUpdate", "observe_update", "observe_update_head"]
+
+
+@dataclass(frozen=True)
+class ObservedUpdate:
+    """What one round of local training says about the client's gradient. Arrays are NumPy's.
+
+    Attributes:
+      parameters: `before`, the model the client was sent.
+      gradients: the same tree, each array in the dtype of `after`; for an unknown learning rate, times that rate.
+      rounding: the same tree, float64: standard deviation of each entry's error from the rounding of `after`.
+      scale_known: whether the learning rate was given. If not, recover with `unknown_scale=True`.
+      exact: one local step. Otherwise the average over steps stands for the gradient.
+      statement: what was assumed and what that is worth, in one sentence or two.
+    """
+
+    parameters: Any
+    gradients: Any
+    rounding: Any
+    scale_known: bool
+    exact: bool
+    statement: str
+
+
+def observe_update(
+    before: Any,
+    after: Any,
+    *,
+    learning_rate: float | None = None,
+    local_steps: int = 1,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> ObservedUpdate:
+    """The gradient behind a client's update, for a client that runs plain or momentum gradient descent.
+
+    The optimiser is that of `torch.optim.SGD` and of `optax.sgd`, and starts from zero: a first step from zero has no
+    momentum yet, and Nesterov's form multiplies it by 1 + momentum. A proximal term (FedProx) is zero in a first step.
+    Adaptive optimisers (Adam) send no gradient.
+
+    Args:
+      before: pytree of floating arrays: the parameters the client was sent.
+      after: the same tree: those it sent back. (A client that sends the difference instead, `after - before`, has sent
+        `-learning_rate` times its gradient, which needs no conversion but the division, and loses no digits here.)
+      learning_rate: positive; None where it is not known. The gradient is then known up to that factor.
+      local_steps: K, 1 or more. For K > 1 the result is the average gradient of the K steps.
+      momentum, dampening, nesterov: of the optimiser.
+      weight_decay: added to the gradient, times the parameters, before momentum; needs the learning rate.
+
+    Returns:
+      An `ObservedUpdate`.
+
+    Raises:
+      ValueError: naming the array or option: trees, shapes or dtypes that differ or are not floating, entries that are
+        not finite, or an option out of range.
+    """
+    _check_options(learning_rate, local_steps, momentum, dampening, weight_decay)
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {momentum} and {dampening}")
+    names, old, new, structure = _leaves(before, after)
+    # Local training multiplies a gradient that stays the same by this.
+    factor = _momentum_factor(local_steps, momentum, dampening, nesterov)
+    divisor = factor if learning_rate is None else factor * learning_rate
+    gradients, rounding = [], []
+    for name, start, end in zip(names, old, new, strict=True):
+        dtype = end.dtype
+        difference = start.astype(np.float64) - end.astype(np.float64)
+        with np.errstate(over="ignore"):  # told below
+            quotient = (difference / divisor - weight_decay * start.astype(np.float64)).astype(dtype)
+        if not np.all(np.isfinite(quotient.astype(np.float64))):
+            raise ValueError(
+                f"the gradient of {name} exceeds the range of {dtype} at learning_rate = {learning_rate}; check the"
+                " rate, or convert both sets of parameters to float32"
+            )
+        gradients.append(quotient)
+        rounding.append(_rounding_deviation(end) * np.sqrt(local_steps) / divisor)
+    return ObservedUpdate(
+        parameters=jax.tree.unflatten(structure, old),
+        gradients=jax.tree.unflatten(structure, gradients),
+        rounding=jax.tree.unflatten(structure, rounding),
+        scale_known=learning_rate is not None,
+        exact=local_steps == 1,
+        statement=_statement(learning_rate, local_steps, momentum, weight_decay),
+    )
+
+
+def observe_update_head(
+    update: ObservedUpdate, *, name: str | None = None, number_of_classes: int | None = None
+) -> Observation:
+    """The observation of the head of an update, with the noise that rounding is known to have left on it.
+
+    Args:
+      update: of a tree of layers as `observe_head` takes it.
+      name, number_of_classes: see `find_head`.
+
+    Raises:
+      ValueError: from `observe_head`.
+    """
+    path = find_head(update.parameters, name=name, number_of_classes=number_of_classes)
+    observation = observe_head(update.parameters, update.gradients, name=path)
+    rounding = update.rounding
+    for part in path.split("/"):
+        rounding = rounding[part]
+    per_entry = np.swapaxes(rounding["kernel"], -1, -2) if "kernel" in rounding else rounding["weight"]
+    noise = _row_noise(np.asarray(observation.weight_gradient, np.float64), per_entry)
+    if "bias" in rounding:
+        # One entry of a row, but the one that the length of the feature is read from.
+        noise = np.maximum(noise, rounding["bias"])
+    return replace(observation, noise=noise)  # type: ignore[arg-type]  # NumPy until it is moved to the device
+
+
+def _row_noise(gradient: np.ndarray, rounding: np.ndarray) -> np.ndarray:
+    """(C,) deviation per entry to expect of each row (C, d), rounded with the deviations (C, d).
+
+    Errors of entries that extend over several spacings of the grid are as good as independent. Those of a smaller step
+    follow it: of a Gaussian step of deviation s, rounded to a grid of spacing D, a share 2 exp(-2 (pi s / D)^2) is lost
+    (Widrow and Kollar, Quantization Noise, 2008), in all columns alike, so that no average over columns removes it.
+    """
+    size = np.sqrt(np.mean(gradient**2, axis=-1, keepdims=True))
+    lost = np.minimum(2 * np.exp(-2 * (np.pi * size / (np.sqrt(12) * rounding)) ** 2), 1.0)
+    common = np.mean(lost * np.hypot(size, rounding), axis=-1)
+    return np.sqrt(np.mean(rounding**2, axis=-1) + gradient.shape[-1] * common**2)
+
+
+def _check_options(
+    learning_rate: float | None, local_steps: int, momentum: float, dampening: float, weight_decay: float
+) -> None:
+    if isinstance(local_steps, bool) or not isinstance(local_steps, int | np.integer) or local_steps < 1:
+        raise ValueError(f"local_steps must be a positive integer, not {local_steps!r}")
+    if learning_rate is not None and not 0 < learning_rate < np.inf:
+        raise ValueError(f"learning_rate must be positive, or None where it is not known, not {learning_rate!r}")
+    for option, value in (("momentum", momentum), ("dampening", dampening)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{option} must lie in [0, 1), not {value!r}")
+    if not 0 <= weight_decay < np.inf:
+        raise ValueError(f"weight_decay must be zero or positive, not {weight_decay!r}")
+    if weight_decay and learning_rate is None:
+        raise ValueError("weight_decay needs learning_rate: without it, its share of the update cannot be told")
+
+
+def _leaves(before: Any, after: Any) -> tuple[list[str], list[np.ndarray], list[np.ndarray], Any]:
+    """Names and arrays of the two trees, checked against each other, and their structure."""
+    given, structure = jax.tree.flatten_with_path(before)
+    returned, other = jax.tree.flatten_with_path(after)
+    if not given:
+        raise ValueError("before holds no arrays; give the parameters the client was sent")
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in given]
+    if structure != other:  # type: ignore[operator]
+        theirs = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in returned]
+        differing = sorted(set(names) ^ set(theirs))
+        raise ValueError(
+            "before and after must be the same tree of arrays, but they differ in"
+            f" {', '.join(differing[:6]) or 'the containers'}"
+        )
+    old, new = [], []
+    for name, (_, first), (_, last) in zip(names, given, returned, strict=True):
+        start, end = np.asarray(first), np.asarray(last)
+        for side, array in (("before", start), ("after", end)):
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(f"{name} of {side} must be floating, not {array.dtype}; leave out what is not trained")
+            if not np.all(np.isfinite(array.astype(np.float64))):
+                raise ValueError(f"{name} of {side} holds entries that are not finite")
+        if start.shape != end.shape:
+            raise ValueError(f"{name} has shape {start.shape} before and {end.shape} after")
+        old.append(start)
+        new.append(end)
+    return names, old, new, structure
+
+
+def _momentum_factor(local_steps: int, momentum: float, dampening: float, nesterov: bool) -> float:
+    velocity, total = 0.0, 0.0
+    for step in range(local_steps):
+        velocity = momentum * velocity + (1.0 if step == 0 else 1.0 - dampening)
+        total += 1.0 + momentum * velocity if nesterov else velocity
+    return total
+
+
+def _rounding_deviation(values: np.ndarray) -> np.ndarray:
+    """Standard deviation of the error of rounding to these values, which is uniform over their dtype's spacing."""
+    limits = jnp.finfo(values.dtype)
+    _, exponent = np.frexp(values.astype(np.float64))
+    spacing = np.maximum(float(limits.eps) * np.ldexp(1.0, exponent - 1), float(limits.smallest_subnormal))
+    return spacing / np.sqrt(12)
+
+
+def _statement(learning_rate: float | None, local_steps: int, momentum: float, weight_decay: float) -> str:
+    scale = "a known learning rate" if learning_rate is not None else "an unknown learning rate (gradient times it)"
+    optimiser = f"momentum {momentum:g} from zero" if momentum else "no momentum"
+    decay = f", weight decay {weight_decay:g}" if weight_decay else ""
+    if local_steps == 1:
+        return f"Exact up to the rounding of the parameters: one local step, {scale}, {optimiser}{decay}."
+    return (
+        f"Approximate: the average gradient of {local_steps} local steps, {scale}, {optimiser}{decay}, stands for the"
+        " gradient at the parameters sent. No stated error covers what the steps change; no label is called unique."
+    )
