@@ -8,18 +8,18 @@ out among its own devices. Examples know nothing of each other: how they are div
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from softinv_jax.atomic_file import write_atomically
 from softinv_jax.labels.many import recover_many
 from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.observation.head import Observation, observe
@@ -86,7 +86,7 @@ def recover_stream(
             except ValueError as error:
                 raise ValueError(f"gradients {chosen.start} to {chosen.stop - 1}: {error}") from error
             arrays: dict[str, Any] = _arrays(recovery)
-            _write(path, partial(np.savez, **arrays))
+            write_atomically(path, partial(np.savez, **arrays))
         report(_done(root, starts, shape[0]), shape[0])
 
 
@@ -164,7 +164,7 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
     """Write the settings down, or compare them with those that the folder's parts were made with."""
     path = root / SETTINGS
     if not path.exists():
-        _write(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -179,19 +179,6 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{root} holds parts with {'; '.join(different)}; choose another folder, or remove this one to start anew"
         )
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Under a temporary name first: a part that is there is whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    Path(file.name).replace(path)
 
 
 def _arrays(value: Any, prefix: str = "") -> dict[str, np.ndarray]:

@@ -3,8 +3,7 @@
 import numpy as np
 
 from softinv_jax.command_line.console import input_errors
-from softinv_jax.command_line.mapped_npz import map_arrays
-from softinv_jax.frameworks.npz_file import read_npz
+from softinv_jax.frameworks.npz_file import map_npz, read_npz
 from softinv_jax.observation.head import Observation, observe
 
 __all__ = ["read_observation"]
@@ -28,11 +27,7 @@ def read_observation(path: str, *, mapped: bool = False) -> Observation:
       InputError: one line that names the file, what is wrong, and the remedy.
     """
     with input_errors():
-        if mapped:
-            arrays = map_arrays(path)
-            _check_keys(list(arrays))
-        else:
-            arrays = read_npz(path, _check_keys)
+        arrays = (map_npz if mapped else read_npz)(path, _check_keys)
     with input_errors(f"{path}: "):
         observation = _observe(arrays, check_values=not mapped)
     if observation.weight_gradient.ndim == 2:

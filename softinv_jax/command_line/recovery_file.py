@@ -8,6 +8,7 @@ from typing import IO
 
 import numpy as np
 
+from softinv_jax import atomic_file
 from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.command_line.console import InputError
 from softinv_jax.labels.verdicts import LabelKind, Recovery, verdict_names
@@ -123,26 +124,12 @@ def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put that in its place in one step.
+    """`atomic_file.write_atomically`, for a path the user gave.
 
     Raises:
       InputError: one line with the reason; what was at `path` before is then untouched.
     """
-    target = Path(os.path.realpath(path))
-    partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            partial = Path(file.name)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # Temporary files are private; the result gets the permissions of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        partial.replace(target)
+        atomic_file.write_atomically(path, write)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)

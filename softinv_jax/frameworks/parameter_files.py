@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from softinv_jax.frameworks.npz_file import check_archive, check_unpacked, read_npz
+from softinv_jax.frameworks.npz_file import check_archive, check_unpacked, first_line, read_npz
 
 __all__ = ["FORMATS", "Tree", "flat", "name_arrays", "nested", "read_parameter_file", "trained_layers"]
 
@@ -121,7 +121,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except Exception as error:  # Its own error class, and KeyError for a dtype that NumPy lacks.
-        raise ValueError(f"{path}: no safetensors file that can be read ({_first_line(error)})") from error
+        raise ValueError(f"{path}: no safetensors file that can be read ({first_line(error)})") from error
 
 
 def _read_torch(path: str) -> dict[str, np.ndarray]:
@@ -138,7 +138,7 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged and hostile files make it raise nearly anything.
         raise ValueError(
-            f"{path}: cannot be loaded as weights only ({_first_line(error)}); write it with"
+            f"{path}: cannot be loaded as weights only ({first_line(error)}); write it with"
             " torch.save(model.state_dict(), path)"
         ) from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
@@ -161,7 +161,3 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.resolve_conj().resolve_neg().numpy()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
