@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clients import head_and_features, load_data
-from runner import Run, add_data_options, new_figure, option_parser, spread, timed
+from runner import SHARE_COLUMNS, Run, add_data_options, new_figure, option_parser, shares, timed
 
 import softinv_jax
 from softinv_jax.client import LeNet, initialise, per_sample_last_layer_gradients, sample_batch
@@ -88,9 +88,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {
     "head": lambda row: row["head"],
     "features": lambda row: row["features"],
     "method": lambda row: row["method"],
-    "networks x samples": lambda row: f"{row['networks']} x {row['samples_each']}",
-    "right, %": lambda row: spread(row["right_percent"], 2),
-    "failed": lambda row: f"{row['failed']} of {row['total']}",
+    **SHARE_COLUMNS,
     "wrong unique": lambda row: row.get("wrong_unique", ""),
     "largest feature error": lambda row: f"{row['feature_error']:.1e}" if "feature_error" in row else "",
     "samples / s": lambda row: f"{row['samples_per_second']:,.0f}",
@@ -134,16 +132,11 @@ def main() -> None:
 
 def add_row(run: Run, head: str, kind: str, method: str, results: list[dict[str, np.ndarray]]) -> None:
     """One method on all networks."""
-    right = [result["right"] for result in results]
     row = {
         "head": head,
         "features": kind,
         "method": method,
-        "networks": len(results),
-        "samples_each": right[0].size,
-        "right_percent": [100 * float(np.mean(own)) for own in right],
-        "total": sum(own.size for own in right),
-        "failed": sum(int(np.sum(~own)) for own in right),
+        **shares([result["right"] for result in results]),
         "samples_per_second": PIECE / float(np.median(np.concatenate([result["seconds"] for result in results]))),
     }
     if method == "exact":

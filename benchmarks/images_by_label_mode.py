@@ -18,7 +18,7 @@ steps. The last column is what the authors state (their rebuttal; format unknown
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -91,6 +91,24 @@ class Victim:
         if known.any():
             signal[known], likeness[known] = peak_signal_to_noise_ratio(*pair), structural_similarity(*pair)
         return signal, likeness
+
+
+@dataclass
+class Scores:
+    """One method over several victims: PSNR in dB and SSIM of every image, images failed, and seconds by victim."""
+
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    failed: int = 0
+    seconds_per_image: list[float] = field(default_factory=list)
+
+    def add(self, victim: Victim, images: np.ndarray, seconds: float) -> None:
+        """Images (N, H, W, channels) found in so many seconds, NaN where there is none."""
+        signal, likeness = victim.quality(images)
+        self.psnr += signal.tolist()
+        self.ssim += likeness.tolist()
+        self.failed += int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
+        self.seconds_per_image.append(seconds / len(images))
 
 
 def make_victim(
@@ -221,24 +239,20 @@ def main() -> None:
             count = arguments.images or run.size(1, 1, -(-whole // arguments.seeds))
             victims = [make_victim(run, data, name, family, count, seed) for seed in run.seeds]
             for mode in modes:
-                psnr, ssim, failed, times = [], [], 0, []
+                scores = Scores()
                 for victim in run.track(victims, f"{name}, {family}, {mode}"):
-                    images, seconds = timed(lambda victim=victim, mode=mode: attack(victim, mode, steps, restarts))
-                    signal, likeness = victim.quality(images)
-                    failed += int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
-                    psnr += signal.tolist()
-                    ssim += likeness.tolist()
-                    times.append(seconds / count)
+                    answer = timed(lambda victim=victim, mode=mode: attack(victim, mode, steps, restarts))
+                    scores.add(victim, *answer)
                 run.add(
                     network=name,
                     format=family,
                     mode=mode,
-                    images=len(psnr),
-                    failed=failed,
-                    psnr=psnr,
-                    ssim=ssim,
+                    images=len(scores.psnr),
+                    failed=scores.failed,
+                    psnr=scores.psnr,
+                    ssim=scores.ssim,
                     # The fastest network: the first one compiles.
-                    seconds_per_image=min(times),
+                    seconds_per_image=min(scores.seconds_per_image),
                 )
     title = f"Tables 3 and 4: images from one gradient each, LeNet, {steps} steps of Adam, restarts: {restarts}"
     run.finish(title, COLUMNS, draw)

@@ -14,15 +14,14 @@ they are skipped, and the table says so. Times are wall times on one machine, co
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from clients import head_and_features, load_data
-from images_by_label_mode import Victim, attack, make_victim
-from runner import Run, add_data_options, option_parser, spread, timed
+from images_by_label_mode import Scores, Victim, attack, make_victim
+from runner import Run, add_data_options, option_parser, shares, spread, timed
 
 import softinv_jax
 from softinv_jax.client import LeNet, initialise, per_sample_last_layer_gradients, sample_batch
@@ -85,9 +84,7 @@ def compare_labels(run: Run, data: Any, family: str, count: int) -> None:
             part="labels",
             format=family,
             method=method,
-            total=count * len(results),
-            right_percent=[100 * float(np.mean(right)) for right, _, _ in results],
-            failed=sum(int(np.sum(~right)) for right, _, _ in results),
+            **shares([right for right, _, _ in results]),
             wrong=sum(int(np.sum(wrong)) for _, wrong, _ in results),
             milliseconds_each=1e3 * float(np.median([seconds for _, _, seconds in results])) / count,
         )
@@ -135,29 +132,23 @@ def image_methods(victim: Victim, steps: int, dlg_steps: int, seed: int) -> dict
 
 def compare_images(run: Run, data: Any, family: str, count: int, steps: int, dlg_steps: int) -> None:
     """The rows of one format."""
-    found: dict[str, tuple[list[float], list[float], list[float], int]] = {}
+    found: dict[str, Scores] = {}
     for seed in run.track(run.seeds, f"images, {family}"):
         victim = make_victim(run, data, "untrained", family, count, seed)
         for method, answer in image_methods(victim, steps, dlg_steps, seed).items():
             if seed == 0 and method in ("exact inversion", "matching, recovered label"):
                 answer()  # Compiles.
-            begun = time.perf_counter()
-            images = answer()
-            seconds = time.perf_counter() - begun
-            signal, likeness = victim.quality(images)
-            psnr, ssim, times, failed = found.get(method, ([], [], [], 0))
-            failed += int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
-            found[method] = (psnr + signal.tolist(), ssim + likeness.tolist(), [*times, seconds / count], failed)
-    for method, (psnr, ssim, times, failed) in found.items():
+            found.setdefault(method, Scores()).add(victim, *timed(answer))
+    for method, scores in found.items():
         run.add(
             part="images",
             format=family,
             method=method,
-            total=len(psnr),
-            failed=failed,
-            psnr=psnr,
-            ssim=ssim,
-            milliseconds_each=1e3 * float(np.median(times)),
+            total=len(scores.psnr),
+            failed=scores.failed,
+            psnr=scores.psnr,
+            ssim=scores.ssim,
+            milliseconds_each=1e3 * float(np.median(scores.seconds_per_image)),
         )
     if "DLG" not in found:
         for method in ("DLG", "inverting gradients"):

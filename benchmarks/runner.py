@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from softinv_jax.atomic_file import write_atomically
 from softinv_jax.command_line.compilation_cache import keep_compiled_programs
-from softinv_jax.command_line.recovery_file import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,12 +111,12 @@ class Run:
         folder = self.arguments.out
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts | {"rows": self.rows}, indent=1, default=_plain)
-        write_atomically(str(folder / f"{self.name}.json"), lambda file: file.write(f"{text}\n".encode()))
+        write_atomically(folder / f"{self.name}.json", lambda file: file.write(f"{text}\n".encode()))
         page = _markdown(title, list(columns), cells, facts, self.name)
-        write_atomically(str(folder / f"{self.name}.md"), lambda file: file.write(page.encode()))
+        write_atomically(folder / f"{self.name}.md", lambda file: file.write(page.encode()))
         if draw is not None:
             figure = draw(self.rows)
-            write_atomically(str(folder / f"{self.name}.png"), lambda file: figure.savefig(file, dpi=110))
+            write_atomically(folder / f"{self.name}.png", lambda file: figure.savefig(file, dpi=110))
         print(f"{folder}/{self.name}.json, .md{', .png' if draw else ''}", file=sys.stderr)
 
     def facts(self) -> dict[str, Any]:
@@ -150,6 +150,25 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     if len(values) < 2:
         return f"{np.mean(values):.{digits}f}"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def shares(right: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What a row says of right answers: one (N,) bool a network."""
+    return {
+        "networks": len(right),
+        "samples_each": right[0].size,
+        "right_percent": [100 * float(np.mean(own)) for own in right],
+        "total": sum(own.size for own in right),
+        "failed": sum(int(np.sum(~own)) for own in right),
+    }
+
+
+SHARE_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "networks x samples": lambda row: f"{row['networks']} x {row['samples_each']}",
+    "right, %": lambda row: spread(row["right_percent"], 2),
+    "failed": lambda row: f"{row['failed']} of {row['total']}",
+}
+"""Of a table whose rows hold `shares`."""
 
 
 def new_figure(width: float, height: float) -> Figure:

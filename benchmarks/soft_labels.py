@@ -6,7 +6,7 @@
 Formats: label smoothing and mixup as in the paper, and beyond it hard labels and smoothed mixup. `exact` is told
 neither the format nor, in the rows "unknown scale", the factor e^(3 N(0, 1)) on each gradient; `variance` is the
 paper's loss, told both. Each seed is a network with its own weights (trained ones: their own training) and clients of
-its own; deviations are over these networks. Recovered: largest label error below 1e-4 and, for `exact`, the verdict
+its own; deviations are over these networks. Right: largest label error below 1e-4 and, for `exact`, the verdict
 `unique`. Failures are counted, never redrawn. Of them, imprecise: `unique`, and the error within six of the deviations
 that the recovery itself states (an untrained network's logits may differ too little to say more); wrong unique: beyond.
 float32 gradients, batch normalisation in evaluation mode.
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from clients import FORMATS, head_and_features, load_data
 from matplotlib.figure import Figure
-from runner import Run, new_figure, option_parser, spread, timed
+from runner import SHARE_COLUMNS, Run, new_figure, option_parser, shares, timed
 from train import add_checkpoint_option, make_recipe, note_checkpoint, trained
 
 import softinv_jax
@@ -186,11 +186,7 @@ def measure(name: str, dataset: str, run: Run, data: tuple[ImageDataset, ImageDa
             classes=data[1].number_of_classes if case.classes is None else case.classes,
             format=family,
             method=method,
-            networks=len(results),
-            samples_each=results[0]["recovered"].size,
-            recovered_percent=[100 * float(np.mean(result["recovered"])) for result in results],
-            total=sum(result["recovered"].size for result in results),
-            failed=sum(int(np.sum(~result["recovered"])) for result in results),
+            **shares([result["recovered"] for result in results]),
             imprecise=sum(int(result["imprecise"].sum()) for result in results),
             wrong_unique=sum(int(result["wrong"].sum()) for result in results),
             largest_error=float(np.max(largest, initial=0.0)),
@@ -211,8 +207,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         for shift, family in enumerate(FORMATS):
             own = [row for row in rows if row["method"] == method and row["format"] == family]
             places = [labels.index((row["dataset"], row["network"])) + 0.18 * (shift - 1.5) for row in own]
-            means = [np.mean(row["recovered_percent"]) for row in own]
-            deviations = [np.std(row["recovered_percent"], ddof=1) if row["networks"] > 1 else 0 for row in own]
+            means = [np.mean(row["right_percent"]) for row in own]
+            deviations = [np.std(row["right_percent"], ddof=1) if row["networks"] > 1 else 0 for row in own]
             axes.errorbar(means, places, xerr=deviations, fmt="o", markersize=4, label=family.replace("_", " "))
         axes.set(title=method, xlabel="labels recovered, %")
         axes.set_yticks(range(len(labels)), [f"{network}, {dataset}" for dataset, network in labels], fontsize=7)
@@ -227,9 +223,7 @@ COLUMNS = {
     "C": lambda row: row["classes"],
     "format": lambda row: row["format"].replace("_", " "),
     "method": lambda row: row["method"],
-    "networks x samples": lambda row: f"{row['networks']} x {row['samples_each']}",
-    "recovered, %": lambda row: spread(row["recovered_percent"], 2),
-    "failed": lambda row: f"{row['failed']} of {row['total']}",
+    **SHARE_COLUMNS,
     "imprecise": lambda row: row["imprecise"],
     "wrong unique": lambda row: row["wrong_unique"],
     "largest error": lambda row: f"{row['largest_error']:.1e}",

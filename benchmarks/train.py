@@ -26,6 +26,7 @@ import numpy as np
 from clients import load_data
 from runner import Run, add_data_options, option_parser, spread, timed
 
+from softinv_jax.atomic_file import write_atomically
 from softinv_jax.client import (
     ImageDataset,
     LeNet,
@@ -36,7 +37,7 @@ from softinv_jax.client import (
     initialise_fan_in,
     train,
 )
-from softinv_jax.command_line.recovery_file import write_atomically
+from softinv_jax.frameworks.parameter_files import flat, nested
 
 FAMILIES = ("smoothing", "mixup")
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softinv" / "checkpoints"
@@ -157,13 +158,10 @@ def _safetensors() -> Any:
 
 
 def _save(path: Path, variables: Mapping[str, Any], recipe: Recipe, accuracy: float) -> None:
-    arrays = {
-        "/".join(part.key for part in keys): np.ascontiguousarray(leaf)
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]
-    }
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat(dict(variables)).items()}
     notes = {"recipe": json.dumps(asdict(recipe)), "test_accuracy": repr(accuracy)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(str(path), lambda file: file.write(_safetensors().numpy.save(arrays, notes)))
+    write_atomically(path, lambda file: file.write(_safetensors().numpy.save(arrays, notes)))
 
 
 def _load(path: Path, recipe: Recipe) -> Trained:
@@ -176,13 +174,7 @@ def _load(path: Path, recipe: Recipe) -> Trained:
         raise ValueError(f"{path} cannot be read ({error}); remove it to train anew") from error
     if json.loads(notes.get("recipe", "null")) != asdict(recipe):
         raise ValueError(f"{path} was trained otherwise ({notes.get('recipe')}); remove it to train anew")
-    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, array in arrays.items():
-        *folders, last = name.split("/")
-        layer = variables
-        for part in folders:
-            layer = layer.setdefault(part, {})
-        layer[last] = array
+    variables: dict[str, Any] = {"batch_stats": {}} | nested(arrays)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     accuracy = float(notes["test_accuracy"])
     return Trained(recipe.name, recipe.network(), variables["params"], variables["batch_stats"], digest, accuracy)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clients import FORMATS, head_and_features, load_data
-from runner import Run, add_data_options, new_figure, option_parser, spread, timed
+from runner import SHARE_COLUMNS, Run, add_data_options, new_figure, option_parser, shares, timed
 
 import softinv_jax
 from softinv_jax.client import (
@@ -120,9 +120,7 @@ def draw_landscapes(curves: list[dict[str, Any]]) -> Any:
 COLUMNS = {
     "network": lambda row: row["network"],
     "method": lambda row: row["method"],
-    "networks x samples": lambda row: f"{row['networks']} x {row['samples_each']}",
-    "right, %": lambda row: spread(row["right_percent"], 2),
-    "failed": lambda row: f"{row['failed']} of {row['total']}",
+    **SHARE_COLUMNS,
     "wrong but vouched for": lambda row: row["wrong"],
     "largest error where right": lambda row: f"{row['largest_error']:.1e}",
     "ms each": lambda row: f"{row['milliseconds_each']:.2f}",
@@ -154,11 +152,7 @@ def main() -> None:
             run.add(
                 network=name,
                 method=method,
-                networks=len(results),
-                samples_each=samples,
-                right_percent=[100 * float(np.mean(result["right"])) for result in results],
-                total=samples * len(results),
-                failed=sum(int(np.sum(~result["right"])) for result in results),
+                **shares([result["right"] for result in results]),
                 wrong=sum(int(np.sum(result["wrong"])) for result in results),
                 largest_error=max(float(np.max(result["error"], initial=0.0)) for result in results),
                 # The fastest: the first call compiles.
