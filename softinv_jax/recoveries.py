@@ -10,7 +10,7 @@ import numpy as np
 from softinv_jax.batches.batch_recovery import BatchRecovery, Reduction, recover_batch
 from softinv_jax.labels import many, recovery
 from softinv_jax.labels.verdicts import Recovery, Verdict
-from softinv_jax.observation.head import Observation, observe
+from softinv_jax.observation.head import Observation, observe, stack_observations
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 
 __all__ = ["BatchSize", "as_approximate", "recover", "recover_many", "recover_update"]
@@ -121,12 +121,8 @@ def recover_update(
             raise ValueError(f"batch_size = {batch_size!r} needs the learning rate: batches are recovered to scale")
         batch = recover_batch(observation, batch_size)
         return batch if update.exact else as_approximate(batch)
-    shared = ("weight", "bias")
-    stacked = {
-        name: array if array is None or name in shared else array[None] for name, array in vars(observation).items()
-    }
     # Rounding of the parameters is noise, which only the thorough search can deal with.
-    found = many.recover_many(Observation(**stacked), unknown_scale=not update.scale_known, thorough=True)
+    found = many.recover_many(stack_observations([observation]), unknown_scale=not update.scale_known, thorough=True)
     one = jax.tree.map(lambda leaf: leaf[0], found)
     return one if update.exact else as_approximate(one)
 

@@ -2,14 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from softinv_jax.command_line.console import InputError, input_errors
 from softinv_jax.frameworks.parameter_files import Tree, flat, read_parameter_file, trained_layers
 from softinv_jax.images.layer_chain import Chain
-from softinv_jax.observation.head import Observation
+from softinv_jax.observation.head import Observation, stack_observations
 from softinv_jax.observation.updates import ObservedUpdate, observe_update, observe_update_head
 
 __all__ = ["chain_tree", "observe_heads", "read_updates"]
@@ -65,14 +64,7 @@ def observe_heads(updates: list[ObservedUpdate], head: str | None) -> Observatio
       InputError: if no head is found, or several are.
     """
     with input_errors("--head: " if head else ""):
-        observations = [observe_update_head(update, name=head) for update in updates]
-    stacked: dict[str, Any] = {
-        name: None if array is None else np.stack([np.asarray(getattr(one, name)) for one in observations])
-        for name, array in vars(observations[0]).items()
-    }
-    for shared in ("weight", "bias"):
-        stacked[shared] = None if stacked[shared] is None else stacked[shared][0]
-    return Observation(**stacked)
+        return stack_observations([observe_update_head(update, name=head) for update in updates])
 
 
 def _read_tree(path: str, to_tree: ToTree) -> Tree:

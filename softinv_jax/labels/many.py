@@ -56,14 +56,7 @@ def recover_many(
     Raises:
       ValueError: as `recover`, with the index of the first example concerned where a value is not finite.
     """
-    observation = observe(
-        observation.weight,
-        observation.weight_gradient,
-        observation.bias,
-        observation.bias_gradient,
-        observation.noise,
-        check_values=False,
-    )
+    observation = observe(**vars(observation), check_values=False)
     check_finite("weight", observation.weight)
     gradient = observation.weight_gradient
     if gradient.ndim != 3:

@@ -28,27 +28,8 @@ __all__ = ["log_ratio", "log_ratio_slope", "solve_log_ratio", "tilted_mean", "un
 NEWTON_STEPS = 8
 
 
-def uniform_cumulant(argument: jax.Array) -> jax.Array:
-    """K(t) = log((e^t - 1) / t), with K(0) = 0, without overflow or cancellation for any t."""
-    magnitude = jnp.abs(argument)
-    small = magnitude < 1e-2
-    safe = jnp.where(small, 1.0, magnitude)
-    # For t > 0: K(t) = t + log((1 - e^-t) / t); and K(-t) = K(t) - t.
-    large_value = jnp.log(-jnp.expm1(-safe) / safe)
-    series = -magnitude / 2 + magnitude**2 / 24 - magnitude**4 / 2880
-    return jnp.where(small, series, large_value) + jnp.maximum(argument, 0.0)
-
-
-def tilted_mean(argument: jax.Array) -> jax.Array:
-    """K'(t) = 1 / (1 - e^-t) - 1 / t, in (0, 1): the mean of the uniform distribution tilted by e^(t x)."""
-    small = jnp.abs(argument) < 1e-2
-    safe = jnp.where(small, 1.0, argument)
-    series = 0.5 + argument / 12 - argument**3 / 720
-    return jnp.where(small, series, -1.0 / jnp.expm1(-safe) - 1.0 / safe)
-
-
 def _cumulant_and_mean(argument: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """K(t) and K'(t) from one exponential; K'(t) = 1 - K'(-t)."""
+    """K(t) and K'(t) from one exponential; K(-t) = K(t) - t and K'(t) = 1 - K'(-t)."""
     magnitude = jnp.abs(argument)
     small = magnitude < 1e-2
     safe = jnp.where(small, 1.0, magnitude)
@@ -57,6 +38,16 @@ def _cumulant_and_mean(argument: jax.Array) -> tuple[jax.Array, jax.Array]:
     value = jnp.where(small, magnitude * (-0.5 + magnitude / 24 - magnitude * square / 2880), jnp.log(fall))
     mean = jnp.where(small, 0.5 + magnitude / 12 - magnitude * square / 720, (1.0 / fall - 1.0) / safe)
     return value + jnp.maximum(argument, 0.0), jnp.where(argument < 0, 1.0 - mean, mean)
+
+
+def uniform_cumulant(argument: jax.Array) -> jax.Array:
+    """K(t) = log((e^t - 1) / t), with K(0) = 0, without overflow or cancellation for any t."""
+    return _cumulant_and_mean(argument)[0]
+
+
+def tilted_mean(argument: jax.Array) -> jax.Array:
+    """K'(t) = 1 / (1 - e^-t) - 1 / t, in (0, 1): the mean of the uniform distribution tilted by e^(t x)."""
+    return _cumulant_and_mean(argument)[1]
 
 
 def log_ratio(scalar: jax.Array, upper_gap: jax.Array, lower_gap: jax.Array) -> jax.Array:

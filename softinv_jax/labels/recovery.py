@@ -111,7 +111,8 @@ def _recover(
     if observation.noise is not None:
         factors = with_known_noise(factors, observation.noise, gradient.dtype)
     dtype = gradient.dtype
-    equation, direction_covariance, feature_variance = _scalar_equation(weight, factors, dtype, has_bias, thorough)
+    feature_variance = _feature_variance(factors)
+    equation, direction_covariance = _scalar_equation(weight, factors, feature_variance, dtype, has_bias, thorough)
     # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
     factor_variance = feature_variance if has_bias and not unknown_scale else jnp.zeros_like(feature_variance)
     if method == "idlg":
@@ -127,7 +128,7 @@ def _recover(
             lambda: explain_by_consensus(equation, unknowns, thorough=True),
             lambda: explain_by_likelihood(equation, direction_covariance, factor_variance, unknowns),
         )
-    recovery = _conclude(equation, factors, explanations, unknowns, weight, method, thorough)
+    recovery = _conclude(equation, factors, feature_variance, explanations, unknowns, weight, method, thorough)
     if has_bias:
         recovery = replace(recovery, feature=recovery.feature[:-1])
     kept = jnp.promote_types(dtype, jnp.float32)
@@ -135,9 +136,14 @@ def _recover(
 
 
 def _scalar_equation(
-    weight: jax.Array, factors: RankOneFactors, dtype: jnp.dtype, has_bias: bool, thorough: bool
-) -> tuple[ScalarEquation, jax.Array, jax.Array]:
-    """The scalar equation, and from the noise on v (thorough only) the (C, C) covariance of z and the variance of v."""
+    weight: jax.Array,
+    factors: RankOneFactors,
+    feature_variance: jax.Array,
+    dtype: jnp.dtype,
+    has_bias: bool,
+    thorough: bool,
+) -> tuple[ScalarEquation, jax.Array]:
+    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
     weight64 = weight.astype(jnp.float64)
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
@@ -153,9 +159,7 @@ def _scalar_equation(
     scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
     covariance = jnp.zeros((number_of_classes, number_of_classes))
     direction_deviation = zeros
-    feature_variance = jnp.zeros(())
     if thorough:
-        feature_variance = _feature_variance(factors)
         if has_bias:
             # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
             tied = weight64.at[:, -1].add(-scalar * direction)
@@ -173,7 +177,7 @@ def _scalar_equation(
         roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
         known_scalar=scalar,
     )
-    return equation, covariance, feature_variance
+    return equation, covariance
 
 
 def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unknowns) -> Explanations:
@@ -227,6 +231,7 @@ def _single(found: Consensus) -> Explanations:
 def _conclude(
     equation: ScalarEquation,
     factors: RankOneFactors,
+    feature_variance: jax.Array,
     explanations: Explanations,
     unknowns: Unknowns,
     weight: jax.Array,
@@ -250,8 +255,6 @@ def _conclude(
     unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & ~jnp.any(rivals) & sharp
     unique = unique & (by_theorem | explanations.exhaustive)
     signal = _has_signal(factors, features)
-    square = jnp.sum(equation.left**2)
-    feature_variance = _feature_variance(factors)
     structured = listed[0]
     if method == "idlg":
         structured = jnp.asarray(True)
@@ -286,6 +289,7 @@ def _conclude(
 
     prediction = jax.nn.softmax(best.scalar * equation.direction + equation.offset)
     expected = (prediction - label) / best.factor
+    square = jnp.sum(equation.left**2)
     mismatch = jnp.sqrt(jnp.sum((equation.left - expected) ** 2) / jnp.where(square == 0, 1.0, square))
     interval = jnp.full((2,), jnp.nan)
     if thorough and method == "exact":

@@ -1,6 +1,6 @@
 """What the observer sees of a head: its parameters and the gradient, checked; and where it lies in a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["HEAD_NAMES", "Observation", "append_bias", "check_finite", "find_head", "observe", "observe_head"]
+__all__ = [
+    "HEAD_NAMES",
+    "Observation",
+    "append_bias",
+    "check_finite",
+    "find_head",
+    "observe",
+    "observe_head",
+    "stack_observations",
+]
 
 HEAD_NAMES = ("head", "classifier", "fc", "linear", "logits", "output", "predictions")
 
@@ -90,6 +99,16 @@ def append_bias(observation: Observation) -> tuple[jax.Array, jax.Array]:
     bias = observation.bias[:, None].astype(weight.dtype)
     bias_gradient = observation.bias_gradient[:, None].astype(gradient.dtype)
     return jnp.concatenate([weight, bias], axis=1), jnp.concatenate([gradient, bias_gradient], axis=1)
+
+
+def stack_observations(observations: Sequence[Observation]) -> Observation:
+    """One observation of N examples from N of one each, all of one head; NumPy arrays."""
+    first = observations[0]
+    stacked = {
+        name: None if array is None else np.stack([np.asarray(getattr(one, name)) for one in observations])
+        for name, array in vars(first).items()
+    }
+    return Observation(**stacked | {"weight": first.weight, "bias": first.bias})  # type: ignore[arg-type]
 
 
 def _floating(name: str, value: ArrayLike) -> jax.Array:
