@@ -102,6 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       InputError: for anything the user can put right; nothing has then been written.
     """
+    # A learning rate that is not known is an unknown factor.
+    arguments.unknown_scale |= arguments.updated is not None and arguments.learning_rate is None
     _check_method(arguments)
     from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
 
@@ -116,9 +118,6 @@ def run(arguments: argparse.Namespace) -> None:
         updates = update_files.read_updates(arguments)
         observation, statement = update_files.observe_heads(updates, arguments.head), updates[0].statement
         inputs = [arguments.parameters, *arguments.updated]
-        # A learning rate that is not known is an unknown factor.
-        arguments.unknown_scale = arguments.unknown_scale or arguments.learning_rate is None
-    unknown_scale = arguments.unknown_scale
     if observation.bias is not None and arguments.method == "variance":
         raise InputError("--method variance needs a head without bias; use --method exact")
     recovery_file.check_writable(arguments.out)
@@ -157,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(observation.weight_gradient.dtype),
         "method": arguments.method,
         "label_format": arguments.label_format,
-        "scale": "unknown" if unknown_scale else "known",
+        "scale": "unknown" if arguments.unknown_scale else "known",
         "seconds": round(seconds, 3),
     }
     _show(arguments, context, summary, recovery_table)
