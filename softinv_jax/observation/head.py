@@ -236,10 +236,11 @@ def observe_head(
     if held not in gradient:
         raise ValueError(f"the gradients of layer {path!r}, the parameters' head, have no {held!r}")
     if held == "kernel":
-        weight, weight_gradient = (
-            jnp.swapaxes(layer["kernel"], -1, -2),
-            jnp.swapaxes(gradient["kernel"], -1, -2),
-        )
+        with jax.enable_x64(True):  # As in `_floating`.
+            weight, weight_gradient = (
+                jnp.swapaxes(layer["kernel"], -1, -2),
+                jnp.swapaxes(gradient["kernel"], -1, -2),
+            )
     else:
         weight, weight_gradient = layer["weight"], gradient["weight"]
     return observe(weight, weight_gradient, layer.get("bias"), gradient.get("bias"))

@@ -116,14 +116,11 @@ def observe_update_head(
     """
     path = find_head(update.parameters, name=name, number_of_classes=number_of_classes)
     observation = observe_head(update.parameters, update.gradients, name=path)
-    rounding = update.rounding
-    for part in path.split("/"):
-        rounding = rounding[part]
-    per_entry = np.swapaxes(rounding["kernel"], -1, -2) if "kernel" in rounding else rounding["weight"]
-    noise = _row_noise(np.asarray(observation.weight_gradient, np.float64), per_entry)
-    if "bias" in rounding:
+    rounding = observe_head(update.parameters, update.rounding, name=path)
+    noise = _row_noise(np.asarray(observation.weight_gradient, np.float64), np.asarray(rounding.weight_gradient))
+    if rounding.bias_gradient is not None:
         # One entry of a row, but the one that the length of the feature is read from.
-        noise = np.maximum(noise, rounding["bias"])
+        noise = np.maximum(noise, np.asarray(rounding.bias_gradient))
     return replace(observation, noise=noise)  # type: ignore[arg-type]  # NumPy until it is moved to the device
 
 

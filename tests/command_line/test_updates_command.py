@@ -68,6 +68,7 @@ def test_without_the_learning_rate_it_is_recovered(files: dict[str, Any], tmp_pa
         np.testing.assert_allclose(found["scale"], RATE, rtol=1e-3)
 
 
+TOLD_VARIANCE = ("--method", "variance", "--label-format", "mixup")
 BAD_OPTIONS = {
     "neither": (["recover", "--out", "OUT"], "give either OBSERVATION.npz, or --parameters"),
     "both": (["recover", "BEFORE", "--parameters", "BEFORE", "--updated", "AFTER", "--out", "OUT"], "give either"),
@@ -77,6 +78,10 @@ BAD_OPTIONS = {
     "batch of unknown rate": (
         ["recover", "--parameters", "BEFORE", "--updated", "AFTER", "--batch-size", "2", "--out", "OUT"],
         "give --learning-rate",
+    ),
+    "variance of unknown rate": (
+        [*("recover", "--parameters", "BEFORE", "--updated", "AFTER", "--out", "OUT"), *TOLD_VARIANCE],
+        "needs a known scale",
     ),
     "bad rate": (
         ["recover", "--parameters", "BEFORE", "--updated", "AFTER", "--learning-rate", "-1", "--out", "OUT"],

@@ -155,6 +155,13 @@ def test_observe_head_turns_the_kernel_round(examples: tuple[int, ...], has_bias
     assert (observation.bias is not None) == has_bias
 
 
+def test_a_float64_kernel_keeps_its_digits() -> None:
+    model = {"head": {"kernel": np.random.default_rng(0).normal(size=(8, 4))}}
+    observation = observe_head(model, {"head": {"kernel": model["head"]["kernel"] / 3}})
+    assert observation.weight_gradient.dtype == np.float64
+    np.testing.assert_array_equal(np.asarray(observation.weight_gradient), model["head"]["kernel"].T / 3)
+
+
 def test_observe_head_takes_a_torch_like_weight_as_it_is() -> None:
     model = {"fc": {"weight": WEIGHT, "bias": BIAS}}
     observation = observe_head(model, {"fc": {"weight": GRADIENT, "bias": BIAS + 1}})
