@@ -128,10 +128,10 @@ def _recover(
             lambda: explain_by_consensus(equation, unknowns, thorough=True),
             lambda: explain_by_likelihood(equation, direction_covariance, factor_variance, unknowns),
         )
-    recovery = _conclude(equation, factors, feature_variance, explanations, unknowns, weight, method, thorough)
+    kept = jnp.promote_types(dtype, jnp.float32)
+    recovery = _conclude(equation, factors, feature_variance, explanations, unknowns, weight, kept, method, thorough)
     if has_bias:
         recovery = replace(recovery, feature=recovery.feature[:-1])
-    kept = jnp.promote_types(dtype, jnp.float32)
     return jax.tree.map(lambda leaf: leaf.astype(kept) if leaf.dtype == jnp.float64 else leaf, recovery)
 
 
@@ -235,6 +235,7 @@ def _conclude(
     explanations: Explanations,
     unknowns: Unknowns,
     weight: jax.Array,
+    dtype: jnp.dtype,
     method: str,
     thorough: bool,
 ) -> Recovery:
@@ -270,14 +271,6 @@ def _conclude(
         unique = ambiguous & (factors.is_rounding | unique | sharp)
     else:
         ambiguous = jnp.any(listed)
-    verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
-    verdict = jnp.where(unique, jnp.int32(Verdict.UNIQUE), verdict)
-    verdict = jnp.where(signal, verdict, jnp.int32(Verdict.NO_SIGNAL))
-    recovered = verdict >= Verdict.AMBIGUOUS
-
-    label = best.label
-    shaped = structured_label(best.label, best.label_deviation, best.agreeing, best.level)
-    label = jnp.where(structured, shaped, label)
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
     feature = best.scalar * right
@@ -286,6 +279,18 @@ def _conclude(
         # What a structure that does not fit would say of the feature is nothing.
         pull = jnp.where(structured, pull - right * jnp.sum(right * pull), 0.0)
         feature = feature - best.scalar**2 * feature_variance * pull
+    if method != "idlg":
+        # A feature beyond the range of the result's dtype was no client's, and could not be reported.
+        possible = jnp.all(jnp.abs(feature) <= jnp.finfo(dtype).max)
+        ambiguous, unique = ambiguous & possible, unique & possible
+    verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
+    verdict = jnp.where(unique, jnp.int32(Verdict.UNIQUE), verdict)
+    verdict = jnp.where(signal, verdict, jnp.int32(Verdict.NO_SIGNAL))
+    recovered = verdict >= Verdict.AMBIGUOUS
+
+    label = best.label
+    shaped = structured_label(best.label, best.label_deviation, best.agreeing, best.level)
+    label = jnp.where(structured, shaped, label)
 
     prediction = jax.nn.softmax(best.scalar * equation.direction + equation.offset)
     expected = (prediction - label) / best.factor

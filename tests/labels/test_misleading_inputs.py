@@ -170,3 +170,18 @@ def test_half_precision_gradients(
         sample = draw(family, seed)
         sample.gradient[:] = sample.gradient.astype(np.float16)
         assert_honest(recover_one(sample, unknown_scale=unknown_scale), sample.label)
+
+
+def test_a_feature_beyond_float32_is_not_recovered(client: Callable, recover_one: Callable) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.choice([-1, 1], (10, 32)) * rng.uniform(2e-38, 5e-38, (10, 32))
+    weight[:, 0] *= np.linspace(0.6, 1.6, 10)
+    feature = rng.uniform(1e36, 1e37, 32)
+    feature[0] = 5e38
+    label = np.full(10, 0.02)
+    label[3] = 0.82
+    # The gradient, known up to its scale, says what the feature is: more than float32 holds.
+    found = recover_one(client(weight.astype(np.float32), feature, label, factor=1e-39), unknown_scale=True)
+    assert found.verdict_name == "unidentifiable"
+    assert np.isnan(found.label).all()
+    assert np.isnan(found.feature).all()
