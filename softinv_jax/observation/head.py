@@ -200,13 +200,17 @@ def _dense_layers(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, 
     for key, value in parameters.items():
         if not isinstance(value, Mapping):
             continue
-        path = f"{prefix}{key}"
-        if getattr(value.get("kernel"), "ndim", 0) == 2:
-            layers[path] = (value["kernel"].shape[0], value["kernel"].shape[1])
-        elif getattr(value.get("weight"), "ndim", 0) == 2:
-            layers[path] = (value["weight"].shape[1], value["weight"].shape[0])
+        path, held = f"{prefix}{key}", _held(value)
+        if held is not None:
+            rows, columns = value[held].shape
+            layers[path] = (rows, columns) if held == "kernel" else (columns, rows)
         layers |= _dense_layers(value, f"{path}/")
     return layers
+
+
+def _held(layer: Mapping[str, Any]) -> str | None:
+    """What a dense layer's matrix is called: `kernel` (d, C) or `weight` (C, d); None for another layer."""
+    return next((name for name in ("kernel", "weight") if getattr(layer.get(name), "ndim", 0) == 2), None)
 
 
 def observe_head(
@@ -232,9 +236,10 @@ def observe_head(
         if part not in gradient:
             raise ValueError(f"the gradients have no layer {path!r}, the parameters' head")
         layer, gradient = layer[part], gradient[part]
-    held = "kernel" if "kernel" in layer else "weight"
-    if held not in gradient:
-        raise ValueError(f"the gradients of layer {path!r}, the parameters' head, have no {held!r}")
+    held = _held(layer)
+    assert held is not None  # or find_head would not have found it
+    if held not in gradient or getattr(gradient[held], "ndim", 0) < 2:
+        raise ValueError(f"the gradients of layer {path!r}, the parameters' head, have no matrix {held!r}")
     if held == "kernel":
         with jax.enable_x64(True):  # As in `_floating`.
             weight, weight_gradient = (

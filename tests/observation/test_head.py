@@ -162,6 +162,14 @@ def test_a_float64_kernel_keeps_its_digits() -> None:
     np.testing.assert_array_equal(np.asarray(observation.weight_gradient), model["head"]["kernel"].T / 3)
 
 
+def test_the_matrix_of_a_layer_is_told_by_its_axes() -> None:
+    layer = {"weight": WEIGHT, "kernel": np.zeros(1, np.float32)}
+    observation = observe_head({"head": layer}, {"head": layer | {"weight": GRADIENT}})
+    np.testing.assert_array_equal(np.asarray(observation.weight_gradient), GRADIENT)
+    with pytest.raises(ValueError, match="no matrix 'weight'"):
+        observe_head({"head": layer}, {"head": layer | {"weight": np.zeros(3, np.float32)}})
+
+
 def test_observe_head_takes_a_torch_like_weight_as_it_is() -> None:
     model = {"fc": {"weight": WEIGHT, "bias": BIAS}}
     observation = observe_head(model, {"fc": {"weight": GRADIENT, "bias": BIAS + 1}})
