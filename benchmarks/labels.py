@@ -155,7 +155,7 @@ def stage_microseconds(weight: np.ndarray, gradients: np.ndarray) -> dict[str, f
         "equation": equation,
         "triples solved": lambda gradient: solve_hypotheses(equation(gradient), plan, unknowns),
         "hypotheses scored": scores,
-        "consensus polished": lambda gradient: explain_by_consensus(equation(gradient), unknowns, thorough=False),
+        "consensus polished": lambda gradient: explain_by_consensus(equation(gradient), unknowns),
         "verdict": lambda gradient: recover(softinv_jax.Observation(direction_of, gradient), thorough=False),
     }
     compiled = {name: jax.jit(jax.vmap(stage)) for name, stage in stages.items()}

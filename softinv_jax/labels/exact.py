@@ -16,7 +16,7 @@ from softinv_jax.labels.hypotheses import plan_triples, solve_hypotheses
 from softinv_jax.labels.likelihood import fit_likelihood, trimmed_starts
 from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
 
-__all__ = ["Explanations", "explain_by_consensus", "explain_by_likelihood"]
+__all__ = ["Explanations", "explain_by_consensus", "explain_thoroughly"]
 
 FAST_TRIPLES = 24
 THOROUGH_TRIPLES = 256
@@ -41,15 +41,47 @@ class Explanations:
     feature_pull: jax.Array | None
 
 
-def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool) -> Explanations:
-    """Solve the triples of the plan, and polish the scalars that the most classes support.
+def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns) -> Explanations:
+    """The fast search: solve a few triples, and polish the scalar that the most classes support, and its rival.
 
     Args:
       equation: the scalar equation. unknowns: static.
-      thorough: static; ten times the triples, and up to three distinct explanations instead of two.
     """
-    number_of_classes = equation.direction.size
-    plan = plan_triples(number_of_classes, THOROUGH_TRIPLES if thorough else FAST_TRIPLES)
+    polished, exhaustive = _polish_best(equation, unknowns, thorough=False)
+    return Explanations(_distinct(polished, 2), exhaustive, None)
+
+
+def explain_thoroughly(
+    equation: ScalarEquation,
+    direction_covariance: jax.Array,
+    factor_variance: jax.Array,
+    is_rounding: jax.Array,
+    unknowns: Unknowns,
+) -> Explanations:
+    """The thorough search: ten times the triples and up to three explanations; maximum likelihood under noise.
+
+    Args:
+      equation: the scalar equation, with `left_deviation` and `direction_deviation` measured. unknowns: static.
+      direction_covariance: (C, C), covariance of the errors of z. factor_variance: () of the error of kappa.
+      is_rounding: () bool, the gradient carries no noise but its rounding.
+    """
+    polished, exhaustive = _polish_best(equation, unknowns, thorough=True)
+    no_pull = jnp.zeros(equation.direction.shape)
+    return jax.lax.cond(
+        is_rounding,
+        lambda: Explanations(_distinct(polished, LISTED), exhaustive, no_pull),
+        lambda: _explain_by_likelihood(equation, direction_covariance, factor_variance, polished, unknowns),
+    )
+
+
+def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool) -> tuple[Consensus, jax.Array]:
+    """Solve the triples of the plan, and polish the scalars that the most classes support.
+
+    Returns:
+      `Consensus` with a leading axis, the best score first, then the best of those that contradict it; and () bool,
+      whether no other explanation can exist.
+    """
+    plan = plan_triples(equation.direction.size, THOROUGH_TRIPLES if thorough else FAST_TRIPLES)
     hypotheses = solve_hypotheses(equation, plan, unknowns)
     score = score_hypotheses(equation, hypotheses, unknowns)
     drift = hypothesis_drift(equation, hypotheses, unknowns)
@@ -77,11 +109,10 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns, *, thorou
     else:
         chosen = jnp.stack([first, argmax(contradicting)])
     polished = jax.vmap(polish)(chosen)
-    found = _distinct(polished, LISTED if thorough else 2)
     # Contradicting hypotheses beyond those polished would go unseen.
     seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if thorough else 1)
     exhaustive = jnp.asarray(plan.exhaustive) & seen
-    return Explanations(found, exhaustive, jnp.zeros((number_of_classes,)) if thorough else None)
+    return polished, exhaustive
 
 
 def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -103,35 +134,18 @@ def _distinct(polished: Consensus, listed: int) -> Consensus:
     return replace(found, surprise=jnp.stack([value for _, value in picks]))
 
 
-def explain_by_likelihood(
-    equation: ScalarEquation, direction_covariance: jax.Array, factor_variance: jax.Array, unknowns: Unknowns
+def _explain_by_likelihood(
+    equation: ScalarEquation,
+    direction_covariance: jax.Array,
+    factor_variance: jax.Array,
+    polished: Consensus,
+    unknowns: Unknowns,
 ) -> Explanations:
-    """Under noise: maximum likelihood from the best hypotheses and from the weighted variance loss.
-
-    Args:
-      equation: with `left_deviation` and `direction_deviation` measured. unknowns: static.
-      direction_covariance: (C, C), covariance of the errors of z. factor_variance: () of the error of kappa.
-    """
-    plan = plan_triples(equation.direction.size, THOROUGH_TRIPLES)
-    hypotheses = solve_hypotheses(equation, plan, unknowns)
-    order = argsort(-score_hypotheses(equation, hypotheses, unknowns))[:LIKELIHOOD_STARTS]
-    drift = hypothesis_drift(equation, hypotheses, unknowns) + hypotheses.level_deviation[:, None]
-
-    def start(index: jax.Array) -> Consensus:
-        return polish_consensus(
-            equation,
-            hypotheses.scalar[index],
-            hypotheses.factor[index],
-            hypotheses.level[index],
-            drift[index],
-            unknowns,
-        )
-
-    consensus = jax.vmap(start)(order)
+    """Maximum likelihood from the best hypotheses and from the weighted variance loss."""
     trimmed = trimmed_starts(equation, unknowns, LIKELIHOOD_STARTS)
     starts = [
-        jnp.concatenate(pair)
-        for pair in zip((consensus.scalar, consensus.factor, consensus.agreeing), trimmed, strict=True)
+        jnp.concatenate([best[:LIKELIHOOD_STARTS], other])
+        for best, other in zip((polished.scalar, polished.factor, polished.agreeing), trimmed, strict=True)
     ]
     fits = jax.vmap(
         lambda scalar, factor, agreeing: fit_likelihood(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.float64 import argmax
+from softinv_jax.float64 import argmax, take_rows
 from softinv_jax.labels.scalar_equation import (
     TOLERANCE,
     ScalarEquation,
@@ -32,46 +32,40 @@ def feasible_interval(equation: ScalarEquation, unknowns: Unknowns) -> jax.Array
     spread = jnp.max(equation.direction) - jnp.min(equation.direction)
     positive = jnp.geomspace(1e-3, 1e3, GRID) / jnp.where(spread > 0, spread, 1.0)
 
-    def slack(scalar: jax.Array) -> jax.Array:
+    def slack(scalars: jax.Array) -> jax.Array:
         """How far the worst entry is inside [0, 1], its error allowed for; not negative where lambda is feasible."""
-        prediction = probabilities(equation, scalar)
-        label = prediction - equation.left / scalar
-        margin = TOLERANCE * label_deviation(equation, scalar, 1 / scalar, prediction, label)
-        return jnp.min(jnp.minimum(label, 1 - label) + margin)
+        prediction = probabilities(equation, scalars)
+        label = prediction - (1 / scalars)[..., None] * jnp.broadcast_to(equation.left, prediction.shape)
+        margin = TOLERANCE * label_deviation(equation, scalars, 1 / scalars, prediction, label)
+        return jnp.min(jnp.minimum(label, 1 - label) + margin, axis=-1)
 
-    def feasible(scalar: jax.Array) -> jax.Array:
-        return slack(scalar) >= 0
+    # Both sides of zero together, and both ends: what is written once is compiled once.
+    grid = jnp.concatenate([-positive[::-1], positive])
+    lows, highs = grid.reshape(2, GRID)[:, :-2].ravel(), grid.reshape(2, GRID)[:, 2:].ravel()
 
     def climb(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Ternary search for a peak of the slack: stretches narrower than the grid, a single point even."""
         low, high = bounds
-        first, second = (2 * low + high) / 3, (low + 2 * high) / 3
-        rising = slack(first) < slack(second)
-        return jnp.where(rising, first, low), jnp.where(rising, high, second)
+        inner = jnp.stack([2 * low + high, low + 2 * high]) / 3
+        slacks = slack(inner)
+        rising = slacks[0] < slacks[1]
+        return jnp.where(rising, inner[0], low), jnp.where(rising, high, inner[1])
 
-    def peak(low: jax.Array, high: jax.Array) -> jax.Array:
-        low, high = jax.lax.fori_loop(0, CLIMBS, climb, (low, high))
-        return (low + high) / 2
+    low, high = jax.lax.fori_loop(0, CLIMBS, climb, (lows, highs))
+    scalars = jnp.sort(jnp.concatenate([grid, (low + high) / 2]))
+    allowed = slack(scalars) >= 0
+    # From either end, the first feasible lambda met, and the one before it.
+    orders, flags = jnp.stack([scalars, scalars[::-1]]), jnp.stack([allowed, allowed[::-1]])
+    first = argmax(flags.astype(jnp.float64))[:, None]
+    met = take_rows(orders, jnp.concatenate([first, jnp.maximum(first - 1, 0)], axis=1))
 
-    sides = [-positive[::-1], positive]
-    peaks = [jax.vmap(peak)(side[:-2], side[2:]) for side in sides]
-    scalars = jnp.sort(jnp.concatenate([*sides, *peaks]))
-    allowed = jax.vmap(feasible)(scalars)
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        inner, outer = bounds
+        # Across zero there is nothing feasible: stay on one side.
+        middle = jnp.where(inner * outer > 0, jnp.sign(inner) * jnp.sqrt(jnp.abs(inner * outer)), inner)
+        feasible = slack(middle) >= 0
+        return jnp.where(feasible, middle, inner), jnp.where(feasible, outer, middle)
 
-    def end(order: jax.Array, flags: jax.Array) -> jax.Array:
-        """The outer boundary of the first feasible stretch met along `order`."""
-        first = argmax(flags.astype(jnp.float64))
-        inside, outside = order[first], order[jnp.maximum(first - 1, 0)]
-
-        def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            inner, outer = bounds
-            # Across zero there is nothing feasible: stay on one side.
-            middle = jnp.where(inner * outer > 0, jnp.sign(inner) * jnp.sqrt(jnp.abs(inner * outer)), inner)
-            ok = feasible(middle)
-            return jnp.where(ok, middle, inner), jnp.where(ok, outer, middle)
-
-        inner, _ = jax.lax.fori_loop(0, BISECTIONS, halve, (inside, outside))
-        edge = jnp.where(first == 0, jnp.sign(order[0]) * jnp.inf, inner)
-        return jnp.where(jnp.any(flags), edge, jnp.nan)
-
-    return jnp.stack([end(scalars, allowed), end(scalars[::-1], allowed[::-1])])
+    inner, _ = jax.lax.fori_loop(0, BISECTIONS, halve, (met[:, 0], met[:, 1]))
+    edges = jnp.where(first[:, 0] == 0, jnp.sign(orders[:, 0]) * jnp.inf, inner)
+    return jnp.where(jnp.any(allowed), edges, jnp.nan)

@@ -95,9 +95,9 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
 
     def loss(scalar: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset)
-        factor = 1 / scalar
-        agreeing = jnp.ones(prediction.shape, bool)
-        for trimming in range(3):
+
+        def trim(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            _, factor, agreeing = state
             deviation = label_deviation(equation, scalar, factor, prediction, prediction - factor * equation.left)
             weights = jnp.where(agreeing, 1 / deviation**2, 0.0)
             weights = weights / jnp.sum(weights)
@@ -106,10 +106,13 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
             if unknowns.scale:
                 factor = jnp.sum(weights * centred_p * centred_u) / jnp.sum(weights * centred_u**2)
             residual = (centred_p - factor * centred_u) / deviation
-            if trimming < 2:
-                worst = argmax(jnp.where(agreeing, jnp.abs(residual), -1.0))
-                agreeing = agreeing & (jnp.arange(agreeing.size, dtype=jnp.int32) != worst)
-        return jnp.sum(jnp.where(agreeing, residual**2, 0.0)), factor, agreeing
+            worst = argmax(jnp.where(agreeing, jnp.abs(residual), -1.0))
+            # Two are trimmed; the third pass is for the loss.
+            agreeing = agreeing & ((jnp.arange(agreeing.size, dtype=jnp.int32) != worst) | (index == 2))
+            return jnp.sum(jnp.where(agreeing, residual**2, 0.0)), factor, agreeing
+
+        start = (jnp.zeros(()), 1 / scalar, jnp.ones(prediction.shape, bool))
+        return jax.lax.fori_loop(0, 3, trim, start)
 
     losses, factors, agreeing = jax.vmap(loss)(scalars)
     padded = jnp.concatenate([jnp.full((1,), jnp.inf), losses, jnp.full((1,), jnp.inf)])
@@ -297,19 +300,22 @@ def fit_likelihood(
         share = jnp.minimum(jnp.sqrt(2 * jnp.pi) * deviation, 1.0)
         return -2 * jnp.log(share) + 2 * np.log(RARITY * number_of_classes)
 
-    def round_of_steps(_: int, carry: tuple) -> tuple:
+    def round_of_steps(index: jax.Array, carry: tuple) -> tuple:
         state, slots, active, sum_precision = carry
         state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
-        slots, active_next, sum_precision = reconsider(state, slots, active)
-        state = state._replace(weights=jnp.where(active_next, state.weights, 0.0))
-        return state, slots, active_next, sum_precision
+        # The last round only settles what the others chose. (One loop compiles in less time than a loop and its tail.)
+        chosen = reconsider(state, slots, active)
+        slots, active, sum_precision = (
+            jnp.where(index < ROUNDS, new, old) for new, old in zip(chosen, (slots, active, sum_precision), strict=True)
+        )
+        state = state._replace(weights=jnp.where(active, state.weights, 0.0))
+        return state, slots, active, sum_precision
 
     raw = jax.nn.softmax(scalar * equation.direction + equation.offset) - factor * equation.left
     level = (1 - jnp.sum(jnp.where(agreeing, 0.0, raw))) / jnp.maximum(jnp.sum(agreeing), 1)
     start = _State(scalar, factor, jnp.where(active, raw[order] - level, 0.0), jnp.zeros_like(raw))
     carry = (start, order, active, jnp.zeros(()))
-    state, slots, active, sum_precision = jax.lax.fori_loop(0, ROUNDS, round_of_steps, carry)
-    state = jax.lax.fori_loop(0, STEPS, lambda _, s: advance(s, slots, active, sum_precision), state)
+    state, slots, active, sum_precision = jax.lax.fori_loop(0, ROUNDS + 1, round_of_steps, carry)
     scalar, factor, weights, _ = state
     final = solve(state, slots, active, sum_precision)
     inverse = final.parameter_covariance

@@ -24,7 +24,7 @@ __all__ = ["recover_many"]
 CHUNK_BYTES = 32 * 2**20
 CHUNK_SAMPLES = 32
 LARGEST_CHUNK_BYTES = 256 * 2**20
-THOROUGH_CHUNK = 16
+SMALLEST_CHUNK = 16
 
 
 @in_float64
@@ -79,9 +79,11 @@ def recover_many(
         observation = replace(observation, weight_gradient=np.asarray(gradient))  # type: ignore[arg-type]
     report = progress or (lambda done, total: None)
 
-    done = 0
-    parts = []
-    if not thorough:
+    done, parts = 0, []
+    result, unsure = None, np.arange(examples)
+    if thorough:
+        _name_bad_value(observation)
+    else:
         starts = range(0, examples, chunk)
 
         @in_float64  # Which is set for one thread only.
@@ -93,21 +95,23 @@ def recover_many(
             parts.append(part)
             if not np.all(np.isfinite(part.evidence.rank_one_residual)):
                 _name_bad_value(observation)
-            report(min(start + chunk, examples), examples)
+            done += int(np.count_nonzero(_settled(part, method)[: examples - start]))
+            report(done, examples)
         result = _stack(parts, examples)
-        # The baselines have no thorough search.
-        unsure = np.flatnonzero(~_settled(result)) if method == "exact" else np.empty(0, np.int64)
-        done = examples - unsure.size
-    else:
-        _name_bad_value(observation)
-        result, unsure = None, np.arange(examples)
+        unsure = np.flatnonzero(~_settled(result, method))
+    # One example a device at a time: only the branch it needs (consensus or likelihood), and one compiled program for
+    # any number of them.
+    starts = range(0, unsure.size, place.shares)
+
+    @in_float64
+    def search_thoroughly(start: int) -> Recovery:
+        part = _chunk(observation, unsure[start : start + place.shares], place.shares, place)
+        return jax.device_get(_recover_chunk(part, options, True, place))
+
     refined = []
-    size = min(THOROUGH_CHUNK, -(-examples // place.shares)) * place.shares
-    for start in range(0, unsure.size, size):
-        indices = unsure[start : start + size]
-        uncertain = _chunk(observation, indices, size, place)
-        refined.append(jax.device_get(_recover_chunk(uncertain, options, True, place)))
-        done += indices.size
+    for part in _in_turn(search_thoroughly, starts, place):
+        refined.append(part)
+        done = min(done + place.shares, examples)
         report(done, examples)
     if not refined:
         assert result is not None
@@ -154,7 +158,7 @@ def _recover_chunk(observation: Observation, options: _Options, thorough: bool, 
             single = Observation(weight, weight_gradient, bias, bias_gradient, noise)
             return recover(single, thorough=thorough, **options._asdict())
 
-        # Thorough searches run one after the other, each only the branch it needs (consensus or likelihood).
+        # Under vmap both branches of the thorough search would run.
         return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
 
     if place.devices:
@@ -173,6 +177,8 @@ def _in_turn(search: Callable[[int], Recovery], starts: Sequence[int], place: _P
     XLA on a CPU runs most of the search on one core: as many chunks as there are cores. On an accelerator the next
     chunk is copied while this one is worked on.
     """
+    if not starts:
+        return
     yield search(starts[0])  # Compiles, which two threads would do twice.
     platform = place.devices[0].platform if place.devices else jax.default_backend()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -185,6 +191,10 @@ def _in_turn(search: Callable[[int], Recovery], starts: Sequence[int], place: _P
 
 
 def _chunk_size(examples: int, sample_bytes: int) -> int:
+    """Examples worked on at once; few different numbers where they are few, because each compiles its own program."""
+    rounded = max(1 << (examples - 1).bit_length(), SMALLEST_CHUNK)
+    if rounded * sample_bytes <= CHUNK_BYTES:
+        return rounded
     samples = max(CHUNK_BYTES // sample_bytes, min(CHUNK_SAMPLES, LARGEST_CHUNK_BYTES // sample_bytes), 1)
     # Even chunks: none is padded by more than the number of chunks.
     return -(-examples // -(-examples // samples))
@@ -218,8 +228,10 @@ def _name_bad_value(observation: Observation) -> None:
         check_finite("noise", observation.noise)
 
 
-def _settled(result: Recovery) -> np.ndarray:
+def _settled(result: Recovery, method: Method) -> np.ndarray:
     """(N,) bool: nothing a thorough search could add."""
+    if method != "exact":  # The baselines have none.
+        return np.ones(result.verdict.shape, bool)
     rounding = float(jnp.finfo(result.label.dtype).eps)
     # A hundred roundings of the dtype: where the single column read so far no longer fixes the label that well,
     # averaging over all of the gradient pays.

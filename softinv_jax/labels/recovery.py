@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from softinv_jax.float64 import in_float64
 from softinv_jax.labels.consensus import Consensus, polish_consensus
-from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain_by_likelihood
+from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain_thoroughly
 from softinv_jax.labels.hard_label import odd_class
 from softinv_jax.labels.interval import feasible_interval
 from softinv_jax.labels.label_format import read_format, structured_label
@@ -120,14 +120,12 @@ def _recover(
     elif method == "variance":
         assert label_format is not None
         explanations = _variance_explanation(equation, FORMATS[label_format], unknowns)
-    elif not thorough:
-        explanations = explain_by_consensus(equation, unknowns, thorough=False)
-    else:
-        explanations = jax.lax.cond(
-            factors.is_rounding,
-            lambda: explain_by_consensus(equation, unknowns, thorough=True),
-            lambda: explain_by_likelihood(equation, direction_covariance, factor_variance, unknowns),
+    elif thorough:
+        explanations = explain_thoroughly(
+            equation, direction_covariance, factor_variance, factors.is_rounding, unknowns
         )
+    else:
+        explanations = explain_by_consensus(equation, unknowns)
     kept = jnp.promote_types(dtype, jnp.float32)
     recovery = _conclude(equation, factors, feature_variance, explanations, unknowns, weight, kept, method, thorough)
     if has_bias:
