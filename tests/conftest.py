@@ -1,15 +1,17 @@
 """What all tests share: strict jax settings, a NumPy client, and compiled recoveries."""
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 import softinv_jax
+from softinv_jax.float64 import in_float64
+from softinv_jax.labels import recovery
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation is most of the time the tests take; the folder is ignored by git.
@@ -96,16 +98,15 @@ def draw_sample(
     return upload(weight, make_feature(rng, kind, features), label, bias, factor, dtype)
 
 
-def jit_quickly(function: Callable) -> Callable:
+def jit_quickly(function: Callable, **options: Any) -> Callable:
     """`jax.jit` to the least optimised machine code, which takes half the time to make; it runs only a few times."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
-@functools.cache
-def _compiled(options: tuple) -> Callable:
-    return jit_quickly(functools.partial(softinv_jax.recover, **dict(options)))
+STAGES = {name: jit_quickly(getattr(recovery, name), static_argnums=1) for name in ("read", "search")}
 
 
+@in_float64
 def recover_compiled(
     sample: Sample,
     *,
@@ -114,10 +115,12 @@ def recover_compiled(
     method: str = "exact",
     label_format: str | None = None,
 ) -> softinv_jax.Recovery:
-    # Spelled out, so that a default and its explicit value share one compiled program.
-    options = dict(unknown_scale=unknown_scale, thorough=thorough, method=method, label_format=label_format)
-    with jax.enable_x64(sample.gradient.dtype == np.float64):
-        return jax.device_get(_compiled(tuple(options.items()))(sample.observation))
+    """`recover` by its own stages, quickly compiled; the search is the same program for heads of any size."""
+    observation = sample.observation
+    stages = recovery.stages_for(observation, method, unknown_scale, label_format, thorough)
+    reading, right = STAGES["read"](observation, stages)
+    found, pull = STAGES["search"](reading, stages)
+    return jax.device_get(recovery.complete(observation, right, reading.right_norm, found, pull))
 
 
 def check_honesty(found: softinv_jax.Recovery, label: np.ndarray) -> None:
@@ -142,7 +145,6 @@ def unload_programs() -> Iterator[None]:
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_text().count("\n") > 20_000:
-        _compiled.cache_clear()
         jax.clear_caches()
 
 
@@ -160,7 +162,7 @@ def client() -> Callable[..., Sample]:
 
 @pytest.fixture(scope="session")
 def recover_one() -> Callable[..., softinv_jax.Recovery]:
-    """`recover` compiled once for each set of options and shapes, with NumPy results."""
+    """`recover`, quickly compiled, with NumPy results."""
     return recover_compiled
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softinv_jax.float64 import in_float64
-from softinv_jax.labels.recovery import Method, recover
+from softinv_jax.labels import recovery
+from softinv_jax.labels.reading import Reading
+from softinv_jax.labels.recovery import Method
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe
 
@@ -62,7 +64,7 @@ def recover_many(
     if gradient.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
     examples = gradient.shape[0]
-    options = _Options(method, unknown_scale, label_format)
+    stages = recovery.stages_for(observation, method, unknown_scale, label_format, thorough)
     foreign = [str(device) for device in devices or () if device.process_index != jax.process_index()]
     if foreign:
         raise ValueError(
@@ -89,7 +91,7 @@ def recover_many(
         @in_float64  # Which is set for one thread only.
         def search(start: int) -> Recovery:
             part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk, place)
-            return jax.device_get(_recover_chunk(part, options, False, place))
+            return jax.device_get(_recover_chunk(part, stages, place))
 
         for start, part in zip(starts, _in_turn(search, starts, place), strict=True):
             parts.append(part)
@@ -106,7 +108,7 @@ def recover_many(
     @in_float64
     def search_thoroughly(start: int) -> Recovery:
         part = _chunk(observation, unsure[start : start + place.shares], place.shares, place)
-        return jax.device_get(_recover_chunk(part, options, True, place))
+        return jax.device_get(_recover_chunk(part, stages._replace(thorough=True), place))
 
     refined = []
     for part in _in_turn(search_thoroughly, starts, place):
@@ -120,14 +122,6 @@ def recover_many(
     if result is None:
         return sharper
     return _merge(result, sharper, unsure)
-
-
-class _Options(NamedTuple):
-    """The static options of `recover`."""
-
-    method: Method
-    unknown_scale: bool
-    label_format: Literal["smoothing", "mixup"] | None
 
 
 class _Place(NamedTuple):
@@ -150,25 +144,49 @@ class _Place(NamedTuple):
         return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec("examples")))
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _recover_chunk(observation: Observation, options: _Options, thorough: bool, place: _Place) -> Recovery:
-    def share(weight: jax.Array, bias: jax.Array | None, gradients: tuple) -> Recovery:
-        def one(gradients: tuple) -> Recovery:
-            weight_gradient, bias_gradient, noise = gradients
-            single = Observation(weight, weight_gradient, bias, bias_gradient, noise)
-            return recover(single, thorough=thorough, **options._asdict())
+def _recover_chunk(observation: Observation, stages: recovery.Stages, place: _Place) -> Recovery:
+    """The stages of `recover`, each compiled by itself: the search is the same whatever the size of the features."""
+    head = observation.weight, observation.bias
+    gradients = observation.weight_gradient, observation.bias_gradient, observation.noise
+    readings, rights = _for_each(_read, stages, place, head, gradients)
+    found, pulls = _for_each(_search, stages, place, (), readings)
+    return _for_each(_complete, stages, place, head, (gradients, rights, readings.right_norm, found, pulls))
 
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _for_each(stage: Callable, stages: recovery.Stages, place: _Place, shared: Any, each: Any) -> Any:
+    """stage(stages, shared, one) of every one along the leading axis of `each`."""
+
+    def share(shared: Any, each: Any) -> Any:
+        one = partial(stage, stages, shared)
         # Under vmap both branches of the thorough search would run.
-        return jax.lax.map(one, gradients) if thorough else jax.vmap(one)(gradients)
+        return jax.lax.map(one, each) if stages.thorough and stage is _search else jax.vmap(one)(each)
 
     if place.devices:
         # Examples know nothing of each other: every device runs the whole program on its share of them.
-        each, all_alike = PartitionSpec("examples"), PartitionSpec()
+        examples, all_alike = PartitionSpec("examples"), PartitionSpec()
         share = jax.shard_map(
-            share, mesh=place.mesh, in_specs=(all_alike, all_alike, each), out_specs=each, check_vma=False
+            share, mesh=place.mesh, in_specs=(all_alike, examples), out_specs=examples, check_vma=False
         )
-    gradients = (observation.weight_gradient, observation.bias_gradient, observation.noise)
-    return share(observation.weight, observation.bias, gradients)
+    return share(shared, each)
+
+
+def _read(stages: recovery.Stages, head: tuple, gradients: tuple) -> tuple:
+    return recovery.read(_single(head, gradients), stages)
+
+
+def _search(stages: recovery.Stages, _: tuple, reading: Reading) -> tuple:
+    return recovery.search(reading, stages)
+
+
+def _complete(stages: recovery.Stages, head: tuple, one: tuple) -> Recovery:
+    gradients, *rest = one
+    return recovery.complete(_single(head, gradients), *rest)
+
+
+def _single(head: tuple, gradients: tuple) -> Observation:
+    (weight, bias), (weight_gradient, bias_gradient, noise) = head, gradients
+    return Observation(weight, weight_gradient, bias, bias_gradient, noise)
 
 
 def _in_turn(search: Callable[[int], Recovery], starts: Sequence[int], place: _Place) -> Iterator[Recovery]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain
 from softinv_jax.labels.hard_label import odd_class
 from softinv_jax.labels.interval import feasible_interval
 from softinv_jax.labels.label_format import read_format, structured_label
+from softinv_jax.labels.reading import Reading, feature_along, read_gradient
 from softinv_jax.labels.scalar_equation import (
     TOLERANCE,
     ScalarEquation,
@@ -22,17 +23,9 @@ from softinv_jax.labels.scalar_equation import (
 )
 from softinv_jax.labels.variance import FORMATS, minimise_variance
 from softinv_jax.labels.verdicts import Candidates, Evidence, LabelFormat, LabelKind, Recovery, Verdict
-from softinv_jax.observation.head import Observation, append_bias, observe
-from softinv_jax.observation.rank_one import (
-    RankOneFactors,
-    average_rows,
-    dominant_factors,
-    leading_singular_factors,
-    unit_roundoff,
-    with_known_noise,
-)
+from softinv_jax.observation.head import Observation, observe
 
-__all__ = ["Method", "recover"]
+__all__ = ["Method", "Stages", "complete", "read", "recover", "search", "stages_for"]
 
 Method = Literal["exact", "variance", "idlg"]
 
@@ -40,7 +33,6 @@ Method = Literal["exact", "variance", "idlg"]
 # is listed at all only from one in a hundred on.
 UNIQUE_SURPRISE = 13.8
 LISTED_SURPRISE = 4.6
-DRIFTING_SUM = 5.0
 # Six deviations of every label entry of a unique label: its first digit is certain, and does not hinge on one class.
 SHARP_LABEL = 0.1
 
@@ -56,7 +48,8 @@ def recover(
 ) -> Recovery:
     """Recover the soft label and last-layer feature of one example from its last-layer gradient.
 
-    Pure; works under `jax.jit` and `jax.vmap` with `method`, `unknown_scale`, `label_format` and `thorough` static.
+    Pure; works under `jax.jit` and `jax.vmap` with `method`, `unknown_scale`, `label_format` and `thorough` static, and
+    compiles itself where it is called by itself: the first call for a shape takes seconds, the next milliseconds.
     Computes in float64 without touching the caller's configuration (to `jit` or `vmap` it yourself over float64
     gradients, enable x64: jax casts the arguments to 32 bits otherwise). For thousands of examples use
     `recover_many`, which tries the fast search first.
@@ -84,6 +77,32 @@ def recover(
             f"recover takes one example, but weight_gradient has shape {observation.weight_gradient.shape};"
             " use recover_many or jax.vmap"
         )
+    stages = stages_for(observation, method, unknown_scale, label_format, thorough)
+    reading, right = read(observation, stages)
+    return complete(observation, right, reading.right_norm, *search(reading, stages))
+
+
+class Stages(NamedTuple):
+    """What is static of a recovery: see `recover`."""
+
+    unknowns: Unknowns
+    method: Method
+    label_format: Literal["smoothing", "mixup"] | None
+    thorough: bool
+
+
+def stages_for(
+    observation: Observation,
+    method: Method,
+    unknown_scale: bool,
+    label_format: Literal["smoothing", "mixup"] | None,
+    thorough: bool,
+) -> Stages:
+    """The checked options of `recover`.
+
+    Raises:
+      ValueError: for an unknown method, or one that does not apply to the head.
+    """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
     has_bias = observation.bias is not None
@@ -94,88 +113,43 @@ def recover(
             raise ValueError("method 'variance' needs a bias-free head and a known scale; use method 'exact'")
     elif label_format is not None:
         raise ValueError(f"label_format is for method 'variance' only; {method!r} needs none")
-    return _recover(observation, method, unknown_scale, label_format, thorough)
+    return Stages(Unknowns(scalar=not has_bias, scale=unknown_scale), method, label_format, thorough)
 
 
-def _recover(
-    observation: Observation, method: str, unknown_scale: bool, label_format: str | None, thorough: bool
-) -> Recovery:
-    has_bias = observation.bias is not None
-    unknowns = Unknowns(scalar=not has_bias, scale=unknown_scale)
-    weight, gradient = append_bias(observation)
-    factors = dominant_factors(gradient)
-    if thorough:
-        factors = leading_singular_factors(gradient, factors)
-    elif has_bias:
-        factors = average_rows(gradient, factors)
-    if observation.noise is not None:
-        factors = with_known_noise(factors, observation.noise, gradient.dtype)
-    dtype = gradient.dtype
-    feature_variance = _feature_variance(factors)
-    equation, direction_covariance = _scalar_equation(weight, factors, feature_variance, dtype, has_bias, thorough)
-    # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
-    factor_variance = feature_variance if has_bias and not unknown_scale else jnp.zeros_like(feature_variance)
+# Compiled by themselves where they are called by themselves: taken operation by operation, a search takes seconds.
+@partial(jax.jit, static_argnums=1)
+def read(observation: Observation, stages: Stages) -> tuple[Reading, jax.Array]:
+    """First stage: everything of size d."""
+    return read_gradient(observation, stages.unknowns, thorough=stages.thorough)
+
+
+@partial(jax.jit, static_argnums=1)
+def search(reading: Reading, stages: Stages) -> tuple[Recovery, jax.Array | None]:
+    """Second stage: a `Recovery` without its feature, and what the label says of the feature's error."""
+    unknowns, method, label_format, thorough = stages
+    equation = reading.equation
     if method == "idlg":
-        explanations = _hard_explanation(equation, factors, unknowns)
+        explanations = _hard_explanation(reading, unknowns)
     elif method == "variance":
         assert label_format is not None
         explanations = _variance_explanation(equation, FORMATS[label_format], unknowns)
     elif thorough:
         explanations = explain_thoroughly(
-            equation, direction_covariance, factor_variance, factors.is_rounding, unknowns
+            equation, reading.direction_covariance, reading.factor_variance, reading.is_rounding, unknowns
         )
     else:
         explanations = explain_by_consensus(equation, unknowns)
-    kept = jnp.promote_types(dtype, jnp.float32)
-    recovery = _conclude(equation, factors, feature_variance, explanations, unknowns, weight, kept, method, thorough)
-    if has_bias:
-        recovery = replace(recovery, feature=recovery.feature[:-1])
+    return _conclude(reading, explanations, unknowns, method, thorough)
+
+
+@jax.jit
+def complete(
+    observation: Observation, right: jax.Array, norm: jax.Array, recovery: Recovery, pull: jax.Array | None
+) -> Recovery:
+    """Last stage: the feature, and everything in the gradient's dtype (float32 at least)."""
+    recovery = replace(recovery, feature=feature_along(observation, right, norm, recovery.scalar, pull))
+    kept = jnp.promote_types(observation.weight_gradient.dtype, jnp.float32)
     return jax.tree.map(lambda leaf: leaf.astype(kept) if leaf.dtype == jnp.float64 else leaf, recovery)
-
-
-def _scalar_equation(
-    weight: jax.Array,
-    factors: RankOneFactors,
-    feature_variance: jax.Array,
-    dtype: jnp.dtype,
-    has_bias: bool,
-    thorough: bool,
-) -> tuple[ScalarEquation, jax.Array]:
-    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
-    weight64 = weight.astype(jnp.float64)
-    norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
-    right = factors.right.astype(jnp.float64) / norm
-    direction = weight64 @ right
-    weight_norm = jnp.sqrt(jnp.sum(weight64**2, axis=1))
-    if thorough:
-        # A client that sums nearly constant features one by one rounds in one direction for long: up to 7 unit
-        # roundoffs of |W_j| |x| were seen where independent roundings would have cost 0.4. The fast search expects
-        # the latter, and leaves what does not fit to this one.
-        weight_norm = jnp.where(factors.is_rounding, DRIFTING_SUM * weight_norm, weight_norm)
-    number_of_classes = direction.size
-    zeros = jnp.zeros((number_of_classes,))
-    scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
-    covariance = jnp.zeros((number_of_classes, number_of_classes))
-    direction_deviation = zeros
-    if thorough:
-        if has_bias:
-            # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
-            tied = weight64.at[:, -1].add(-scalar * direction)
-            covariance = feature_variance * (tied @ tied.T)
-        else:
-            covariance = feature_variance * (weight64 @ weight64.T - direction[:, None] * direction[None, :])
-        direction_deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), 0.0))
-    equation = ScalarEquation(
-        direction=direction,
-        offset=zeros,
-        left=factors.left,
-        left_deviation=factors.row_noise,
-        direction_deviation=direction_deviation,
-        weight_norm=weight_norm,
-        roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
-        known_scalar=scalar,
-    )
-    return equation, covariance
 
 
 def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unknowns) -> Explanations:
@@ -197,9 +171,9 @@ def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unk
     return _single(found)
 
 
-def _hard_explanation(equation: ScalarEquation, factors: RankOneFactors, unknowns: Unknowns) -> Explanations:
-    right = factors.right.astype(jnp.float64)
-    chosen = odd_class(equation.left, jnp.sum(right) if unknowns.scalar else right[-1])
+def _hard_explanation(reading: Reading, unknowns: Unknowns) -> Explanations:
+    equation = reading.equation
+    chosen = odd_class(equation.left, reading.total)
     label = jax.nn.one_hot(chosen, equation.left.size, dtype=jnp.float64)
     one = jnp.ones(())
     scalar = equation.known_scalar if not unknowns.scalar else jnp.full((), jnp.nan)
@@ -227,22 +201,15 @@ def _single(found: Consensus) -> Explanations:
 
 
 def _conclude(
-    equation: ScalarEquation,
-    factors: RankOneFactors,
-    feature_variance: jax.Array,
-    explanations: Explanations,
-    unknowns: Unknowns,
-    weight: jax.Array,
-    dtype: jnp.dtype,
-    method: str,
-    thorough: bool,
-) -> Recovery:
+    reading: Reading, explanations: Explanations, unknowns: Unknowns, method: str, thorough: bool
+) -> tuple[Recovery, jax.Array | None]:
+    equation, feature_variance = reading.equation, reading.feature_variance
     best: Consensus = jax.tree.map(lambda leaf: leaf[0], explanations.found)
-    number_of_classes, features = weight.shape
+    number_of_classes = equation.left.size
     closed_form = not unknowns.scalar and not unknowns.scale
     found = explanations.found
     # Noise can leave too little of the structure to tell it from an accident; the likeliest label is still listed.
-    listed = (found.surprise >= LISTED_SURPRISE) | (found.fits & ~factors.is_rounding)
+    listed = (found.surprise >= LISTED_SURPRISE) | (found.fits & ~reading.is_rounding)
     count = jnp.sum(best.agreeing)
     # docs/uniqueness.md: any other lambda on which as many classes agree would share three distinguishable ones with
     # these (two where lambda is known and only kappa is not), and three have one root.
@@ -253,33 +220,25 @@ def _conclude(
     sharp = jnp.all(TOLERANCE * best.deviation_without_one <= SHARP_LABEL)
     unique = listed[0] & (best.surprise >= UNIQUE_SURPRISE) & ~jnp.any(rivals) & sharp
     unique = unique & (by_theorem | explanations.exhaustive)
-    signal = _has_signal(factors, features)
+    signal = reading.has_signal
     structured = listed[0]
     if method == "idlg":
         structured = jnp.asarray(True)
         ambiguous, unique = signal, jnp.asarray(False)
     elif closed_form:
         plain = _without_structure(best, equation, feature_variance)
-        best = jax.tree.map(partial(jnp.where, structured | factors.is_rounding), best, plain)
+        best = jax.tree.map(partial(jnp.where, structured | reading.is_rounding), best, plain)
         # A structure that an accident might show settles nothing that y = p - kappa u leaves open.
         sharp = TOLERANCE * jnp.max(plain.label_deviation) <= SHARP_LABEL
         # Beyond that, lambda could be anything.
         known_length = TOLERANCE * jnp.abs(best.scalar) * jnp.sqrt(feature_variance) <= 1
         ambiguous = signal & known_length & jnp.all(jnp.isfinite(best.label))
-        unique = ambiguous & (factors.is_rounding | unique | sharp)
+        unique = ambiguous & (reading.is_rounding | unique | sharp)
     else:
         ambiguous = jnp.any(listed)
-    norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
-    right = factors.right.astype(jnp.float64) / norm
-    feature = best.scalar * right
-    if explanations.feature_pull is not None:
-        pull = explanations.feature_pull @ weight.astype(jnp.float64)
-        # What a structure that does not fit would say of the feature is nothing.
-        pull = jnp.where(structured, pull - right * jnp.sum(right * pull), 0.0)
-        feature = feature - best.scalar**2 * feature_variance * pull
     if method != "idlg":
         # A feature beyond the range of the result's dtype was no client's, and could not be reported.
-        possible = jnp.all(jnp.abs(feature) <= jnp.finfo(dtype).max)
+        possible = jnp.abs(best.scalar) <= reading.longest
         ambiguous, unique = ambiguous & possible, unique & possible
     verdict = jnp.where(ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
     verdict = jnp.where(unique, jnp.int32(Verdict.UNIQUE), verdict)
@@ -320,10 +279,14 @@ def _conclude(
         weights=known(label_format.weights),
         smoothing=known(label_format.smoothing),
     )
+    pull = explanations.feature_pull
+    if pull is not None:
+        # What a structure that does not fit would say of the feature is nothing.
+        pull = jnp.where(structured, best.scalar**2 * feature_variance * pull, 0.0)
     kept = listed & signal
-    return Recovery(
+    recovery = Recovery(
         label=known(label),
-        feature=known(feature),
+        feature=jnp.zeros((0,)),
         scalar=known(best.scalar),
         scale=known(1 / (best.factor * best.scalar)) if unknowns.scale else known(jnp.ones(())),
         format=label_format,
@@ -343,11 +306,12 @@ def _conclude(
             misfit=best.misfit,
             scalar_deviation=best.scalar_deviation,
             label_deviation=best.label_deviation,
-            rank_one_residual=factors.residual,
-            is_noiseless=factors.is_rounding,
-            residual=known(jnp.hypot(mismatch, factors.residual)),
+            rank_one_residual=reading.residual,
+            is_noiseless=reading.is_rounding,
+            residual=known(jnp.hypot(mismatch, reading.residual)),
         ),
     )
+    return recovery, pull
 
 
 def _without_structure(best: Consensus, equation: ScalarEquation, feature_variance: jax.Array) -> Consensus:
@@ -359,25 +323,9 @@ def _without_structure(best: Consensus, equation: ScalarEquation, feature_varian
     return replace(best, label=label, label_deviation=deviation)
 
 
-def _feature_variance(factors: RankOneFactors) -> jax.Array:
-    """() variance of each entry of the unit vector v from the noise on all rows."""
-    square = jnp.sum(factors.left**2)
-    return jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
-
-
 def _contradict(found: Consensus, unknowns: Unknowns) -> jax.Array:
     """(K,) bool: the explanation's lambda (kappa where lambda is known) lies beyond its errors from the first one's."""
     value, deviation = found.scalar, found.scalar_deviation
     if not unknowns.scalar:
         value, deviation = found.factor, found.factor_deviation
     return jnp.abs(value - value[0]) > TOLERANCE * (deviation + deviation[0])
-
-
-def _has_signal(factors: RankOneFactors, features: int) -> jax.Array:
-    """Whether the leading singular value exceeds what noise of the measured size alone would have."""
-    number_of_classes = factors.left.size
-    noise = jnp.sqrt(jnp.mean(factors.row_noise**2))
-    # The largest singular value of C x d noise is sigma (sqrt C + sqrt d), up to a small spread.
-    edge = 1.1 * noise * (jnp.sqrt(1.0 * number_of_classes) + jnp.sqrt(1.0 * features))
-    strongest = jnp.max(jnp.abs(factors.left))
-    return (strongest > 0) & (jnp.sqrt(jnp.sum(factors.left**2)) > edge)

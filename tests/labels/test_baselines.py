@@ -122,8 +122,7 @@ def test_recover_says_what_it_refuses(case: str) -> None:
         recover(observation, **options)
 
 
-def test_eager_is_the_compiled_recovery(draw: Callable, recover_one: Callable) -> None:
-    # The cheapest method: eager calls compile every operation by itself.
+def test_called_by_itself_it_is_the_compiled_recovery(draw: Callable, recover_one: Callable) -> None:
     sample = draw("hard", 0, kind="relu")
     expected = recover_one(sample, method="idlg", thorough=False)
     found = recover(sample.observation, method="idlg", thorough=False)

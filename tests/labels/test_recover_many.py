@@ -82,38 +82,38 @@ def test_progress_ends_with_all_examples(observation: Observation) -> None:
     assert reports[-1] == (EXAMPLES, EXAMPLES)
 
 
+def count_programs(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Every stage that is traced from now on, with the shape of its gradients or logits."""
+    traced: list[tuple] = []
+    for name in ("read", "search", "complete"):
+        stage = getattr(many.recovery, name)
+
+        def counted(first: object, *rest: object, stage: Callable = stage, name: str = name) -> object:
+            traced.append((name, *(leaf.shape for leaf in jax.tree.leaves(first)[:2])))
+            return stage(first, *rest)
+
+        monkeypatch.setattr(many.recovery, name, counted)
+    return traced
+
+
 def test_equal_shapes_compile_once(
     observation: Observation, together: Recovery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traces: list[bool] = []
-    recover = many.recover
-
-    def counted(*args: object, **options: object) -> Recovery:
-        traces.append(options["thorough"])
-        return recover(*args, **options)
-
-    monkeypatch.setattr(many, "recover", counted)
-    recover_many(Observation(observation.weight, observation.weight_gradient[::-1]))
-    assert traces == []
+    traced = count_programs(monkeypatch)
+    # In another order, fewer of them, and with one more that is not settled by the fast search.
+    gradients = np.array(observation.weight_gradient[::-1][: EXAMPLES - 3])
+    gradients[0] = gradients[FAMILIES.index("dirichlet")]
+    recover_many(Observation(observation.weight, gradients))
+    assert traced == []
 
 
-def test_how_many_examples_are_unsure_does_not_compile_anew(
+def test_the_search_is_compiled_once_for_heads_of_any_size(
     observation: Observation, together: Recovery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes: set[tuple[int, ...]] = set()
-    compiled = many._recover_chunk
-
-    def seen(part: Observation, options: object, thorough: bool, place: object) -> Recovery:
-        shapes.add((thorough, *part.weight_gradient.shape))
-        return compiled(part, options, thorough, place)
-
-    monkeypatch.setattr(many, "_recover_chunk", seen)
-    dense = [index for index in range(EXAMPLES) if FAMILIES[index % 6] == "dirichlet"]
-    for repeated in (dense[0], 0):
-        gradients = np.array(observation.weight_gradient)
-        gradients[dense[1:]] = gradients[repeated]
-        recover_many(Observation(observation.weight, gradients))
-    assert len([shape for shape in shapes if shape[0]]) == 1
+    traced = count_programs(monkeypatch)
+    doubled = np.tile(observation.weight, 2), np.tile(observation.weight_gradient, 2)
+    recover_many(Observation(*doubled))
+    assert {name for name, *_ in traced} == {"read", "complete"}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

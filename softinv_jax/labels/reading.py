@@ -1,0 +1,165 @@
+"""What one gradient says, read once: the scalar equation and its noise, apart from the d entries of the feature.
+
+The search for the label needs nothing of size d, so that one compiled search serves every head with as many classes.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns
+from softinv_jax.observation.head import Observation, append_bias
+from softinv_jax.observation.rank_one import (
+    RankOneFactors,
+    average_rows,
+    dominant_factors,
+    leading_singular_factors,
+    unit_roundoff,
+    with_known_noise,
+)
+
+__all__ = ["Reading", "feature_along", "read_gradient"]
+
+DRIFTING_SUM = 5.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reading:
+    """Everything about one gradient but the direction v of its feature. float64 except for the flags.
+
+    Attributes:
+      equation: the scalar equation.
+      direction_covariance: (C, C) of z from the noise on v; zero where it was not read thoroughly.
+      feature_variance: () of each entry of v. factor_variance: () of kappa, where a bias tells it.
+      right_norm: () length of v as it is kept. longest: () the lambda beyond which a feature leaves the range of the
+        result's dtype. total: () sum of the entries of v / |v|; with a bias the last one, of the constant feature 1.
+      residual: () see `RankOneFactors`. is_rounding: () bool, likewise.
+      has_signal: () bool, the gradient is more than noise of the size measured would be.
+    """
+
+    equation: ScalarEquation
+    direction_covariance: jax.Array
+    feature_variance: jax.Array
+    factor_variance: jax.Array
+    right_norm: jax.Array
+    longest: jax.Array
+    total: jax.Array
+    residual: jax.Array
+    is_rounding: jax.Array
+    has_signal: jax.Array
+
+
+def read_gradient(observation: Observation, unknowns: Unknowns, *, thorough: bool) -> tuple[Reading, jax.Array]:
+    """Factors, scalar equation and noise of one gradient.
+
+    Args:
+      observation: one example. unknowns, thorough: static.
+
+    Returns:
+      The reading, and v in the gradient's dtype, of length `right_norm`: (d,), or (d + 1,) with a bias.
+    """
+    has_bias = observation.bias is not None
+    weight, gradient = append_bias(observation)
+    factors = dominant_factors(gradient)
+    if thorough:
+        factors = leading_singular_factors(gradient, factors)
+    elif has_bias:
+        factors = average_rows(gradient, factors)
+    if observation.noise is not None:
+        factors = with_known_noise(factors, observation.noise, gradient.dtype)
+    square = jnp.sum(factors.left**2)
+    feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+    norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
+    right = factors.right.astype(jnp.float64) / norm
+    equation, covariance = _scalar_equation(
+        weight, factors, right, feature_variance, gradient.dtype, has_bias, thorough
+    )
+    kept = jnp.promote_types(gradient.dtype, jnp.float32)
+    # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
+    told = has_bias and not unknowns.scale
+    reading = Reading(
+        equation=equation,
+        direction_covariance=covariance,
+        feature_variance=feature_variance,
+        factor_variance=feature_variance if told else jnp.zeros_like(feature_variance),
+        right_norm=norm,
+        longest=jnp.asarray(float(jnp.finfo(kept).max), jnp.float64) / jnp.maximum(jnp.max(jnp.abs(right)), 1e-300),
+        total=right[-1] if has_bias else jnp.sum(right),
+        residual=factors.residual,
+        is_rounding=factors.is_rounding,
+        has_signal=_has_signal(factors, right.size),
+    )
+    return reading, factors.right
+
+
+def feature_along(
+    observation: Observation, right: jax.Array, norm: jax.Array, scalar: jax.Array, pull: jax.Array | None
+) -> jax.Array:
+    """x = lambda v, (d,) float64, less what the label's structure says of its error.
+
+    Args:
+      right, norm: of `read_gradient`. scalar: () lambda; NaN gives NaN. pull: (C,) by class, or None.
+    """
+    right = right.astype(jnp.float64) / norm
+    feature = scalar * right
+    if pull is not None:
+        weight, _ = append_bias(observation)
+        pulled = pull @ weight.astype(jnp.float64)
+        feature = feature - (pulled - right * jnp.sum(right * pulled))
+    return feature if observation.bias is None else feature[:-1]
+
+
+def _scalar_equation(
+    weight: jax.Array,
+    factors: RankOneFactors,
+    right: jax.Array,
+    feature_variance: jax.Array,
+    dtype: jnp.dtype,
+    has_bias: bool,
+    thorough: bool,
+) -> tuple[ScalarEquation, jax.Array]:
+    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
+    weight64 = weight.astype(jnp.float64)
+    direction = weight64 @ right
+    weight_norm = jnp.sqrt(jnp.sum(weight64**2, axis=1))
+    if thorough:
+        # A client that sums nearly constant features one by one rounds in one direction for long: up to 7 unit
+        # roundoffs of |W_j| |x| were seen where independent roundings would have cost 0.4. The fast search expects
+        # the latter, and leaves what does not fit to this one.
+        weight_norm = jnp.where(factors.is_rounding, DRIFTING_SUM * weight_norm, weight_norm)
+    number_of_classes = direction.size
+    zeros = jnp.zeros((number_of_classes,))
+    scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
+    covariance = jnp.zeros((number_of_classes, number_of_classes))
+    direction_deviation = zeros
+    if thorough:
+        if has_bias:
+            # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
+            tied = weight64.at[:, -1].add(-scalar * direction)
+            covariance = feature_variance * (tied @ tied.T)
+        else:
+            covariance = feature_variance * (weight64 @ weight64.T - direction[:, None] * direction[None, :])
+        direction_deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), 0.0))
+    equation = ScalarEquation(
+        direction=direction,
+        offset=zeros,
+        left=factors.left,
+        left_deviation=factors.row_noise,
+        direction_deviation=direction_deviation,
+        weight_norm=weight_norm,
+        roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
+        known_scalar=scalar,
+    )
+    return equation, covariance
+
+
+def _has_signal(factors: RankOneFactors, features: int) -> jax.Array:
+    """Whether the leading singular value exceeds what noise of the measured size alone would have."""
+    number_of_classes = factors.left.size
+    noise = jnp.sqrt(jnp.mean(factors.row_noise**2))
+    # The largest singular value of C x d noise is sigma (sqrt C + sqrt d), up to a small spread.
+    edge = 1.1 * noise * (jnp.sqrt(1.0 * number_of_classes) + jnp.sqrt(1.0 * features))
+    strongest = jnp.max(jnp.abs(factors.left))
+    return (strongest > 0) & (jnp.sqrt(jnp.sum(factors.left**2)) > edge)
