@@ -150,4 +150,5 @@ def batch_subspace(
 
 
 def _whitened(matrix: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.linalg.svd(matrix / noise[:, None], full_matrices=False)
+    left, values, right = np.linalg.svd(matrix / noise[:, None], full_matrices=False)
+    return left, values, right

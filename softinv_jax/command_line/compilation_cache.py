@@ -14,7 +14,7 @@ def keep_compiled_programs() -> None:
     if "JAX_LOGGING_LEVEL" not in os.environ:
         # jax 0.10 reports an error for every kept program it loads although nothing is wrong with it.
         jax.config.update("jax_logging_level", "CRITICAL")
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+    if getattr(jax.config, "jax_compilation_cache_dir") is not None:  # noqa: B009 - not every jax declares it
         return
     # By machine, because a home folder may be shared between machines with different processors.
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

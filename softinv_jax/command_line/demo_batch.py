@@ -86,9 +86,9 @@ def attack_batch(key: jax.Array, private: ImageDataset, name: str, parameters: A
 def _matching(recovered: np.ndarray, true: np.ndarray) -> list[int]:
     """The order in which the recovered labels, which come in none, are nearest to the true ones."""
     distance = np.nan_to_num(np.max(np.abs(true[:, None] - recovered[None]), axis=2), nan=1.0)
-    return list(
-        min(itertools.permutations(range(len(true))), key=lambda order: distance[range(len(true)), order].sum())
-    )
+    rows = np.arange(len(true))
+    orders = itertools.permutations(range(len(true)))
+    return list(min(orders, key=lambda order: distance[rows, list(order)].sum()))
 
 
 def batch_results(outcome: BatchOutcome) -> dict[str, Any]:
