@@ -115,7 +115,7 @@ def _assemble(
             np.max(np.abs(one.label - other.label)) <= 1e-3 and _same(one, other, values) for other in distinct
         ):
             distinct.append(one)
-    if len(distinct) < rank - 1:
+    if len(distinct) < max(rank - 1, 1):
         return None
     coordinates = np.array([one.coordinates / values for one in distinct])
     duals = np.array([one.dual for one in distinct])

@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     # What follows loads jax, flax and matplotlib.
     from softinv_jax.command_line import demo_batch, demo_files, demo_images, experiment  # noqa: PLC0415
-    from softinv_jax.report.summary import package_versions  # noqa: PLC0415
     from softinv_jax.report.tables import demo_tables  # noqa: PLC0415
+    from softinv_jax.versions import package_versions  # noqa: PLC0415
 
     folder = Path(arguments.out)
     try:

@@ -12,8 +12,8 @@ from softinv_jax.command_line.console import InputError, Report, person_console,
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
+    from softinv_jax.audit.models import Model
     from softinv_jax.command_line.model_files import Tree
-    from softinv_jax.command_line.models import Model
     from softinv_jax.images.verdicts import ImageRecovery
     from softinv_jax.observation.updates import ObservedUpdate
 
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_options(arguments)
     import jax  # noqa: PLC0415
 
-    from softinv_jax.command_line import model_files, models, recovery_file  # noqa: PLC0415 - load jax
+    from softinv_jax.audit import models  # noqa: PLC0415 - load jax
+    from softinv_jax.command_line import model_files, recovery_file  # noqa: PLC0415
 
     model = models.MODELS[arguments.model]
     if arguments.method == "exact" and model.chain is None:

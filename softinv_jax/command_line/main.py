@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from softinv_jax.command_line import demo, invert, recover
+from softinv_jax.command_line import audit, demo, invert, recover
 from softinv_jax.command_line.compilation_cache import keep_compiled_programs
 from softinv_jax.command_line.console import InputError
 
@@ -30,6 +30,7 @@ examples:
   softinv demo                                    attack a small network on real photographs, about a minute
   softinv recover seen.npz --out recovered.npz    what one or many gradients of yours give away
   softinv invert --model lenet --parameters model.npz --gradients seen.npz --out images.npz --figure images.png
+  softinv audit --quick                           what a system gives away, and what stops it: a report to read
 
 exit codes: 0 done, 2 the input or an option is at fault (one line on stderr says what), 130 interrupted"""
 
@@ -63,10 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         help="do not keep compiled programs for the next run (they go to ~/.cache/softinv, or where the variable"
         " JAX_COMPILATION_CACHE_DIR says)",
     )
-    commands = parser.add_subparsers(dest="command", metavar="{demo,recover,invert}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{demo,recover,invert,audit}", required=True)
     demo.add_parser(commands)
     recover.add_parser(commands)
     invert.add_parser(commands)
+    audit.add_parser(commands)
     return parser
 
 

@@ -1,7 +1,5 @@
 """What a recovery says, for JSON and for people."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -11,21 +9,11 @@ from rich.table import Table
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.labels.verdicts import LabelKind, Recovery, Verdict
+from softinv_jax.versions import package_versions
 
-__all__ = ["batch_summary", "batch_table", "describe_format", "package_versions", "recovery_summary", "recovery_table"]
+__all__ = ["batch_summary", "batch_table", "describe_format", "recovery_summary", "recovery_table"]
 
 LISTED = 12
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of everything a result depends on."""
-    versions = {"python": platform.python_version()}
-    for name in ("softinv_jax", "jax", "jaxlib", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
 
 
 def recovery_summary(recovery: Recovery) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from softinv_jax.audit.models import MODELS
 from softinv_jax.client import (
     LeNet,
     apply_function,
@@ -19,7 +20,6 @@ from softinv_jax.client import (
 )
 from softinv_jax.command_line import invert
 from softinv_jax.command_line.main import main
-from softinv_jax.command_line.models import MODELS
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio
 
 COUNT = 2

@@ -1,4 +1,4 @@
-"""The networks that can be named on the command line: as flax modules, and as chains of layers where they are one."""
+"""The networks that can be named: as flax modules, and as chains of layers where they are one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

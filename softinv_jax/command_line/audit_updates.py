@@ -1,0 +1,145 @@
+"""`softinv audit --updated`: a report on what real clients' updates give away; nobody needs to know their labels."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from softinv_jax.command_line.console import InputError, input_errors, progress_report
+from softinv_jax.command_line.update_files import observe_heads, read_updates
+from softinv_jax.recoveries import BatchSize, as_approximate, recover_many
+from softinv_jax.report.audit_report import UpdateRow, render_updates_report
+from softinv_jax.report.summary import batch_summary, describe_format, recovery_summary
+
+__all__ = ["report_updates"]
+
+TITLE = "What these updates give away"
+_OF_A_SYSTEM = (
+    "config",
+    "quick",
+    "network",
+    "epochs",
+    "dataset",
+    "data_dir",
+    "label_format",
+    "samples",
+    "images",
+    "defences",
+    "seed",
+    "unknown_scale",
+)
+
+
+def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Read the updates, recover their labels, and describe them.
+
+    Returns:
+      What goes into results.json, and the page.
+
+    Raises:
+      InputError: one line that names what is wrong and the remedy.
+    """
+    _check(arguments)
+    size = _batch_size(arguments.batch_size)
+    updates = read_updates(arguments)
+    observation = observe_heads(updates, arguments.head)
+    known = arguments.learning_rate is not None
+    total = len(updates)
+    with progress_report() as report, input_errors():
+        report(0, total, "recovering")
+        options: dict[str, Any] = {"progress": lambda done, of: report(done, of, "recovering")}
+        if size == 1:
+            # The rounding of the parameters is noise: only the thorough search knows what to do with it.
+            found = recover_many(observation, thorough=True, unknown_scale=not known, **options)
+            summary = recovery_summary(as_approximate(found) if arguments.local_steps > 1 else found)
+        else:
+            batches = recover_many(observation, batch_size=size, **options)
+            summary = batch_summary([as_approximate(one) if arguments.local_steps > 1 else one for one in batches])
+    names = [Path(path).name for path in arguments.updated]
+    rows = _single_rows(names, summary) if size == 1 else _batch_rows(names, summary)
+    statement = updates[0].statement
+    findings = _findings(rows, total, summary["verdicts"], arguments.local_steps)
+    settings = {
+        "parameters": Path(arguments.parameters).name,
+        "updates": total,
+        "batch size": arguments.batch_size,
+        "classes": observation.weight.shape[0],
+        "features": observation.weight.shape[1],
+        "learning rate": arguments.learning_rate if known else "not known; recovered with each label",
+    }
+    assumptions = (
+        ("Observer", "an honest-but-curious server that sees each client's update by itself (no secure aggregation)"),
+        ("Parameters", "known exactly: the server sent them"),
+        ("Update", statement),
+        ("Batch size", "told" if size != "auto" else "not told: taken from the rank of each update"),
+        ("Label format", "not told; a label is taken to be equal on all but a few classes"),
+        ("Data", "no prior knowledge of images or labels"),
+    )
+    versions = summary.pop("versions")
+    page = render_updates_report(arguments.title or TITLE, findings, rows, assumptions, settings, versions)
+    results = {"findings": findings, "settings": settings, "assumptions": dict(assumptions), "versions": versions}
+    return results | summary, page
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.parameters is None:
+        raise InputError("--updated needs --parameters, the model the clients were sent")
+    for option in _OF_A_SYSTEM:
+        if getattr(arguments, option) not in (None, False):
+            raise InputError(f"--{option.replace('_', '-')} is for a system to simulate; leave it out with --updated")
+    if arguments.batch_size != "1" and arguments.learning_rate is None:
+        raise InputError("--batch-size needs a known scale; give --learning-rate")
+
+
+def _batch_size(text: str) -> BatchSize:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size {text}: give a positive integer, or auto")
+    return int(text)
+
+
+def _single_rows(names: list[str], summary: dict[str, Any]) -> list[UpdateRow]:
+    rows = []
+    for name, sample in zip(names, summary["samples"], strict=True):
+        kind = sample["kind"].replace("_", " ")
+        rows.append(
+            UpdateRow(name, sample["verdict"], describe_format(sample), kind, _known(sample["label_deviation"]), "")
+        )
+    return rows
+
+
+def _batch_rows(names: list[str], summary: dict[str, Any]) -> list[UpdateRow]:
+    rows = []
+    for name, batch in zip(names, summary["batches"], strict=True):
+        for number, one in enumerate(batch["examples"]):
+            entries = ", ".join(f"class {c}: {w:.4f}" for c, w in zip(one["classes"], one["weights"], strict=True))
+            known = _known(one["label_deviation"])
+            rows.append(UpdateRow(f"{name}, example {number + 1}", one["verdict"], entries or "-", "", known, ""))
+    return rows
+
+
+def _known(deviation: float | None) -> str:
+    if deviation is None or not math.isfinite(deviation):
+        return "-"
+    return "exact" if deviation == 0 else f"every entry to ±{deviation:.0e}"
+
+
+def _findings(rows: list[UpdateRow], updates: int, verdicts: dict[str, int], local_steps: int) -> list[str]:
+    certain, several = verdicts.get("unique", 0), verdicts.get("ambiguous", 0)
+    examples = f"{len(rows)} examples behind {updates} updates" if len(rows) != updates else f"{updates} updates"
+    findings = [f"The labels of {certain} of {examples} leak with certainty: only one explains each."]
+    if several:
+        findings.append(f"{several} more are narrowed down to a few labels, of which the likeliest is shown.")
+    if local_steps > 1:
+        findings.append("After several local steps an update is no gradient: no label is called certain.")
+    rest = {name: count for name, count in verdicts.items() if count and name not in ("unique", "ambiguous")}
+    if rest:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in rest.items())
+        findings.append(f"Of the rest nothing is claimed: {counts}.")
+    if certain + several:
+        findings.append(
+            "With a label comes the input of the last layer, and, in a chain of invertible layers, the image"
+            " (softinv invert)."
+        )
+    return findings
