@@ -150,8 +150,10 @@ def solve_layer(
     # With columns of length one the solution's own noise is A^T e, of length sqrt(size): stop far below it.
     solver = lineax.LSMR(rtol=0.0, atol=BELOW_NOISE * size**0.5, max_steps=steps, conlim=1e15)
 
-    def solve(right: tuple[jax.Array, jax.Array]) -> lineax.Solution:
-        return lineax.linear_solve(operator, right, solver, throw=False)
+    def solve(right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        solution = lineax.linear_solve(operator, right, solver, throw=False)
+        stats = {name: solution.stats[name] for name in ("norm_r", "cond_A", "num_steps")}
+        return solution.value, stats, solution.result == lineax.RESULTS.successful
 
     unweighted = (
         jnp.matmul(_patches(centre, geometry), equations.kernel),
@@ -161,16 +163,18 @@ def solve_layer(
         (equations.forward - unweighted[0]) * equations.forward_weight,
         (equations.gradient - unweighted[1]) * equations.gradient_weight,
     )
-    solution = solve(observed)
-    draws = jax.lax.map(lambda right: solve(right).value, noise)
+    # One after the other: batched, the products are slower on a CPU, and all wait for the slowest.
+    rights = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), observed, noise)
+    values, stats, converged = jax.lax.map(solve, rights)
+    draws = values[1:]
     count = jnp.sum(equations.forward_weight > 0) + equations.gradient_weight.size
     freedom = jnp.maximum(count - jnp.sum(equations.scale > 0), 1)
-    residual = solution.stats["norm_r"]
+    residual = stats["norm_r"][0]
     return LayerSolution(
-        value=centre + equations.scale * solution.value,
+        value=centre + equations.scale * values[0],
         deviation=equations.scale * jnp.sqrt(jnp.mean(draws**2, axis=0)),
-        condition=solution.stats["cond_A"],
+        condition=stats["cond_A"][0],
         misfit=residual / jnp.sqrt(freedom),
-        steps=jnp.asarray(solution.stats["num_steps"], jnp.int32),
-        converged=solution.result == lineax.RESULTS.successful,
+        steps=jnp.asarray(stats["num_steps"][0], jnp.int32),
+        converged=converged[0],
     )
