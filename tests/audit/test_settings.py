@@ -1,10 +1,14 @@
 """Settings from Python and from TOML: what they accept, and what they say of what they do not."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from softinv_jax.audit import AuditSettings, Sweep, default_sweeps, quick_settings, settings_from_toml
 from softinv_jax.audit.catalogue import DEFENCES
 from softinv_jax.audit.models import MODELS
+from softinv_jax.client.soft_labels import FAMILIES
 
 
 def test_toml_is_the_settings() -> None:
@@ -33,6 +37,15 @@ def test_toml_is_the_settings() -> None:
         sweeps=(noise, Sweep("sign", (1.0,))),
     )
     assert noise.title == "Gaussian noise + Clipping 1 + Sign 1"
+
+
+def test_the_page_shows_legal_settings() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    settings = settings_from_toml(text)
+    assert [sweep.title for sweep in settings.sweeps] == ["Gaussian noise", "Pruning (top-k) + Clipping 1"]
+    for name in (*DEFENCES, *MODELS, *FAMILIES):
+        assert re.search(rf"\b{name}\b", page), name
 
 
 @pytest.mark.parametrize(
