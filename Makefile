@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint docs benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/softinv demo
@@ -16,6 +16,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/pdoc --docformat google --math --output-directory build/api softinv_jax
+	@echo "The API reference is build/api/index.html"
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/labels.py

@@ -33,6 +33,18 @@ def recover(
 def recover(observation: Observation, *, batch_size: BatchSize = 1, **options: Any) -> Recovery | BatchRecovery:
     """Recover the soft labels and last-layer features behind one gradient of a last layer.
 
+    >>> import numpy as np
+    >>> import softinv_jax
+    >>> rng = np.random.default_rng(0)
+    >>> weight, feature = rng.uniform(-0.5, 0.5, (10, 32)), rng.uniform(0, 1, 32)
+    >>> label = np.full(10, 0.02) + 0.8 * np.eye(10)[3]
+    >>> powers = np.exp(weight @ feature)
+    >>> gradient = np.outer(powers / powers.sum() - label, feature)
+    >>> observation = softinv_jax.observe(weight.astype(np.float32), gradient.astype(np.float32))
+    >>> recovery = softinv_jax.recover(observation)
+    >>> str(recovery.verdict_name), int(np.argmax(recovery.label)), round(float(recovery.format.smoothing), 4)
+    ('unique', 3, 0.2)
+
     Args:
       observation: `weight_gradient` (C, d); see `observe`.
       batch_size: how many examples the gradient is the mean of. 1 is pure and works under `jax.jit` and `jax.vmap`;
@@ -69,6 +81,19 @@ def recover_many(
 ) -> Recovery | list[BatchRecovery]:
     """Recover what is behind N gradients (N, C, d), each of `batch_size` examples.
 
+    >>> import numpy as np
+    >>> import softinv_jax
+    >>> rng = np.random.default_rng(0)
+    >>> weight, feature = rng.uniform(-0.5, 0.5, (10, 32)), rng.uniform(0, 1, 32)
+    >>> label = np.full(10, 0.02) + 0.8 * np.eye(10)[3]
+    >>> powers = np.exp(weight @ feature)
+    >>> gradient = np.outer(powers / powers.sum() - label, feature)
+    >>> gradients = np.stack([gradient, 3 * gradient, 0 * gradient]).astype(np.float32)
+    >>> observation = softinv_jax.observe(weight.astype(np.float32), gradients)
+    >>> found = softinv_jax.recover_many(observation, unknown_scale=True)
+    >>> found.verdict_name.tolist(), found.scale[:2].round(3).tolist()
+    (['unique', 'unique', 'no_signal'], [1.0, 3.0])
+
     Args:
       observation: `weight_gradient` (N, C, d).
       batch_size: of each gradient; see `recover`.
@@ -102,6 +127,19 @@ def recover_update(
     update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None
 ) -> Recovery | BatchRecovery:
     """Recover what the head gives away in a client's update of a whole model.
+
+    >>> import numpy as np
+    >>> import softinv_jax
+    >>> rng = np.random.default_rng(0)
+    >>> weight, feature = rng.uniform(-0.5, 0.5, (10, 32)), rng.uniform(0, 1, 32)
+    >>> label = np.full(10, 0.02) + 0.8 * np.eye(10)[3]
+    >>> powers = np.exp(weight @ feature)
+    >>> gradient = np.outer(powers / powers.sum() - label, feature)
+    >>> before = {"head": {"weight": weight.astype(np.float32)}}
+    >>> after = {"head": {"weight": (weight - 0.1 * gradient).astype(np.float32)}}
+    >>> recovery = softinv_jax.recover_update(softinv_jax.observe_update(before, after, learning_rate=0.1))
+    >>> str(recovery.verdict_name), int(np.argmax(recovery.label))
+    ('unique', 3)
 
     Args:
       update: see `observe_update`.

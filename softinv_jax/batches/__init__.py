@@ -1,0 +1,1 @@
+"""Every example behind one averaged gradient; see docs/batches.md."""

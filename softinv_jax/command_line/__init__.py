@@ -1,0 +1,1 @@
+"""`softinv`: files in, files out."""

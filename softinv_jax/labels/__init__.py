@@ -1,0 +1,1 @@
+"""From the gradient of one example to its label, feature and verdict; see docs/uniqueness.md."""

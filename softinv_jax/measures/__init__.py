@@ -1,0 +1,1 @@
+"""Errors and their bounds: the only place where the truth is known."""

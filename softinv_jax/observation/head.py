@@ -55,6 +55,13 @@ def observe(
 ) -> Observation:
     """Check shapes, dtypes and values and bundle them.
 
+    >>> import numpy as np
+    >>> observe(np.ones((10, 4), np.float32), np.ones((7, 10, 4), np.float32)).weight_gradient.shape
+    (7, 10, 4)
+    >>> observe(np.ones((10, 4)), np.ones((10, 5)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ...
+
     Args:
       weight: (C, d), floating. weight_gradient: (C, d) or (N, C, d), floating.
       bias: (C,) and bias_gradient: (C,) or (N, C), or neither.
