@@ -19,7 +19,9 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	$(BIN)/pdoc --docformat google --math --output-directory build/api softinv_jax
+	$(BIN)/python -W ignore -m pdoc --docformat google --math --output-directory build/api softinv_jax \
+		$(addprefix softinv_jax.,audit batches client frameworks images labels measures observation report streaming) \
+		'!softinv_jax.frameworks.flower'
 	@echo "The API reference is build/api/index.html"
 
 benchmark: $(VENV)/.installed-dev
