@@ -1,9 +1,12 @@
 """Settings from Python and from TOML: what they accept, and what they say of what they do not."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from softinv_jax.audit import AuditSettings, Sweep, default_sweeps, quick_settings, settings_from_toml
 from softinv_jax.audit.catalogue import DEFENCES
@@ -95,3 +98,40 @@ def test_catalogue_is_legal() -> None:
     for name, kind in DEFENCES.items():
         assert Sweep(name, kind.strengths).title == kind.title
     assert AuditSettings().network in MODELS
+
+
+KEYS = ("title", "network", "epochs", "dataset", "data_dir", "label_format", "scale_known", "samples", "images", "seed")
+SWEEP_KEYS = ("defence", "strengths", "with", "other")
+values = st.recursive(
+    st.booleans() | st.integers(-(2**62), 2**62) | st.floats() | st.text(max_size=5) | st.sampled_from(list(DEFENCES)),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def toml(value: object) -> str:
+    """JSON's strings, lists and Booleans are TOML's; infinities and NaN are named otherwise."""
+    return json.dumps(value).replace("Infinity", "inf").replace("NaN", "nan")
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(
+    st.text()
+    | st.tuples(
+        st.dictionaries(st.sampled_from((*KEYS, "steps", "delta", "sampling_rate")), values),
+        st.lists(st.dictionaries(st.sampled_from(SWEEP_KEYS), values), max_size=2),
+    )
+)
+def test_anything_is_settings_or_a_value_error(given_settings: str | tuple[dict, list]) -> None:
+    text = given_settings
+    if isinstance(given_settings, tuple):
+        table, sweeps = given_settings
+        text = "".join(f"{name} = {toml(value)}\n" for name, value in table.items())
+        for sweep in sweeps:
+            text += "[[sweep]]\n" + "".join(f"{name} = {toml(value)}\n" for name, value in sweep.items())
+    try:
+        found = settings_from_toml(text)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert isinstance(found, AuditSettings)

@@ -108,7 +108,7 @@ def test_training_moves_running_statistics_towards_those_of_its_batches() -> Non
     assert jax.tree.structure(result.batch_statistics) == jax.tree.structure(initial_batch_statistics(network, shape))
     assert not np.array_equal(result.parameters["stem_conv"]["kernel"], start["stem_conv"]["kernel"])
     # The accuracy reported is that of evaluation mode, with the statistics returned.
-    logits = apply_function(network, result.batch_statistics)(result.parameters, jnp.asarray(images))
+    logits = jax.jit(apply_function(network, result.batch_statistics))(result.parameters, jnp.asarray(images))
     np.testing.assert_allclose(result.accuracy, np.mean(np.argmax(logits, axis=1) == np.arange(6)), atol=1e-6)
 
 
