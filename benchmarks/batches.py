@@ -1,10 +1,13 @@
 """How many examples of a batch are found in one averaged gradient? LeNet on real images, formats not told.
 
-    python benchmarks/batches.py [--dataset cifar10] [--data-dir DIR] [--batches 10] [--json FILE] [--figure FILE.png]
-                                 [--cases 100:8 100:16 1000:32] [--trained-cases 10:2 10:3 10:4]
+    python benchmarks/batches.py [--dataset cifar10] [--data-dir DIR] [--batches 10] [--quick | --full]
+                                 [--cases 100:8 100:16 ...] [--trained-cases 10:2 10:3 ...] [--seeds 5]
 
 Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
-with smoothing and mixup (`--trained-cases`; C of the data set). Images are drawn without repetition, gradients are
+with smoothing and mixup (`--trained-cases`; C of the data set). As it is, batches of up to 24 with 10 and 100 classes,
+three of each; `--full`: ten of each, up to 64, and 1000 classes too (hours). The plot is the fraction found against the
+batch size, with both counting bounds of docs/batches.md drawn in. There is one network of each kind: `--seeds` has no
+effect. Images are drawn without repetition, gradients are
 float32. An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
 within six of its own deviations, and a reported label that fits no example as spurious. `bound` counts the examples
 whose label the gradient fixes to 1e-5 at all (standard deviation of the best unbiased estimate at the truth).
@@ -12,8 +15,6 @@ whose label the gradient fixes to 1e-5 at all (standard deviation of the best un
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from typing import Any
 
@@ -21,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clients import FORMATS, head_and_features, load_data, networks
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from matplotlib.figure import Figure
+from runner import Run, add_data_options, new_figure, option_parser
 from scipy.optimize import linear_sum_assignment
 
 import softinv_jax
@@ -98,39 +98,56 @@ def identifiable(weight: jax.Array, gradient: jax.Array, features: jax.Array, la
     return int(np.sum(np.max(np.asarray(bound.label_deviation), axis=1) < 1e-5))
 
 
+UNTRAINED = ("10:2", "10:3", "10:4", "100:4", "100:8", "100:16", "100:24")
+UNTRAINED_FULL = (*UNTRAINED, "100:32", "100:48", "100:64", "1000:8", "1000:16", "1000:32", "1000:64")
+TRAINED = ("10:1", "10:2", "10:3", "10:4", "10:5")
+
+COLUMNS = {
+    "network": lambda row: row["network"],
+    "C": lambda row: row["classes"],
+    "B": lambda row: row["batch_size"],
+    "format": lambda row: row["format"].replace("_", " "),
+    "found": lambda row: f"{row['found']} of {row['total']}",
+    "bound": lambda row: row["identifiable"],
+    "imprecise": lambda row: row["imprecise"],
+    "spurious": lambda row: row["spurious"],
+    "of these unique": lambda row: row["spurious_unique"],
+    "largest error": lambda row: f"{row['largest_error']:.0e}",
+    "seconds a batch": lambda row: f"{row['median_seconds']:.2f}",
+}
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="cifar10", help="a prepared TFDS data set, or 'photographs'")
-    parser.add_argument("--data-dir", help="TFDS data directory (default: TFDS_DATA_DIR)")
-    parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--cases", nargs="*", default=["100:8", "100:16", "1000:32"], metavar="C:B")
-    parser.add_argument("--trained-cases", nargs="*", default=["10:2", "10:3", "10:4"], metavar="C:B")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--figure", metavar="FILE.png", help="found fraction against batch size")
+    parser = option_parser(__doc__)
+    add_data_options(parser)
+    parser.add_argument("--batches", type=int, help="of each case and format")
+    parser.add_argument("--cases", nargs="*", metavar="C:B")
+    parser.add_argument("--trained-cases", nargs="*", metavar="C:B")
     arguments = parser.parse_args()
-    untrained = [tuple(map(int, case.split(":"))) for case in arguments.cases]
-    trained = [tuple(map(int, case.split(":"))) for case in arguments.trained_cases]
+    run = Run("batches", arguments)
+    quick, full = arguments.quick, arguments.full
+    usual = ("10:2",) if quick else UNTRAINED_FULL if full else UNTRAINED
+    cases = usual if arguments.cases is None else arguments.cases
+    trained_cases = () if quick else TRAINED
+    trained_cases = trained_cases if arguments.trained_cases is None else arguments.trained_cases
+    arguments.batches = arguments.batches or run.size(1, 3, 10)
+    untrained = [tuple(map(int, case.split(":"))) for case in cases]
+    trained = [tuple(map(int, case.split(":"))) for case in trained_cases]
     training, test, images = load_data(arguments)
     arguments.classes = sorted({classes for classes, _ in untrained})
     arguments.networks = ["untrained"] * bool(untrained) + ["smoothing", "mixup"] * bool(trained)
-    rows: list[dict[str, Any]] = []
     for name, number_of_classes, network, parameters in networks(arguments, training):
-        cases = untrained if name == "untrained" else trained
-        for size in [size for classes, size in cases if classes == number_of_classes]:
+        own = untrained if name == "untrained" else trained
+        for size in [size for classes, size in own if classes == number_of_classes]:
             for family in FORMATS:
-                rows.append(
-                    measure(name, number_of_classes, network, parameters, images, test.classes, size, family, arguments)
-                )
-    show(rows)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"jax": jax.__version__, "rows": rows}, file, indent=2)
-    if arguments.figure:
-        draw(rows, arguments.figure)
+                where = (run, name, number_of_classes, network, parameters, images, test.classes, size, family)
+                run.add(**measure(*where))
+    run.finish("Examples found in one averaged gradient", COLUMNS, draw)
 
 
 def measure(
+    run: Run,
     name: str,
     number_of_classes: int,
     network: Any,
@@ -139,7 +156,6 @@ def measure(
     classes: np.ndarray,
     size: int,
     family: str,
-    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """One row: some batches of one size and format."""
     counts = dict.fromkeys(("found", "imprecise", "spurious", "spurious_unique", "identifiable"), 0)
@@ -147,7 +163,7 @@ def measure(
     rng = np.random.default_rng([number_of_classes, size])
     if number_of_classes > classes.max() + 1:  # With more classes than the data set has, images get classes at random.
         classes = rng.integers(0, number_of_classes, len(images)).astype(np.int32)
-    for index in track(range(arguments.batches), description=f"{name} C={number_of_classes} B={size} {family}"):
+    for index in run.track(range(run.arguments.batches), f"{name} C={number_of_classes} B={size} {family}"):
         drawn = draw_batch(images, classes, number_of_classes, size, family, index)
         weight, features = head_and_features(network, parameters, drawn.images)
         labels = np.asarray(drawn.labels)
@@ -165,54 +181,17 @@ def measure(
         "classes": number_of_classes,
         "batch_size": size,
         "format": family,
-        "total": size * arguments.batches,
+        "total": size * run.arguments.batches,
         **counts,
         "largest_error": largest,
         "median_seconds": float(np.median(seconds)),
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    table = Table(title="examples found in one averaged gradient")
-    columns = (
-        "network",
-        "C",
-        "B",
-        "format",
-        "found",
-        "bound",
-        "imprecise",
-        "spurious",
-        "of these unique",
-        "error",
-        "s / batch",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("network", "format") else "right")
-    for row in rows:
-        table.add_row(
-            row["network"],
-            str(row["classes"]),
-            str(row["batch_size"]),
-            row["format"],
-            f"{row['found']}/{row['total']}",
-            str(row["identifiable"]),
-            str(row["imprecise"]),
-            str(row["spurious"]),
-            str(row["spurious_unique"]),
-            f"{row['largest_error']:.0e}",
-            f"{row['median_seconds']:.2f}",
-        )
-    Console(width=120).print(table)
-
-
-def draw(rows: list[dict[str, Any]], path: str) -> None:
+def draw(rows: list[dict[str, Any]]) -> Figure:
     """Found fraction against batch size, with the two counting bounds (t = 1 weight)."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     keys = sorted({(row["network"], row["classes"]) for row in rows})
-    figure = Figure(figsize=(5 * len(keys), 4), layout="constrained")
+    figure = new_figure(4.6 * len(keys), 4)
     for axes, (name, classes) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for family in FORMATS:
             own = [row for row in rows if (row["network"], row["classes"], row["format"]) == (name, classes, family)]
@@ -224,7 +203,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
             axes.axvline(bound, color="grey", linestyle=style, label=f"as many equations as unknowns, {text}")
         axes.set(title=f"{name}, C = {classes}", xlabel="batch size", ylabel="fraction found", ylim=(-0.03, 1.03))
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 if __name__ == "__main__":
