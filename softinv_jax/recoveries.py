@@ -126,20 +126,7 @@ def recover_many(
 def recover_update(
     update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None
 ) -> Recovery | BatchRecovery:
-    """Recover what the head gives away in a client's update of a whole model.
-
-    >>> import numpy as np
-    >>> import softinv_jax
-    >>> rng = np.random.default_rng(0)
-    >>> weight, feature = rng.uniform(-0.5, 0.5, (10, 32)), rng.uniform(0, 1, 32)
-    >>> label = np.full(10, 0.02) + 0.8 * np.eye(10)[3]
-    >>> powers = np.exp(weight @ feature)
-    >>> gradient = np.outer(powers / powers.sum() - label, feature)
-    >>> before = {"head": {"weight": weight.astype(np.float32)}}
-    >>> after = {"head": {"weight": (weight - 0.1 * gradient).astype(np.float32)}}
-    >>> recovery = softinv_jax.recover_update(softinv_jax.observe_update(before, after, learning_rate=0.1))
-    >>> str(recovery.verdict_name), int(np.argmax(recovery.label))
-    ('unique', 3)
+    """Recover what the head gives away in a client's update of a whole model; docs/frameworks.md has examples.
 
     Args:
       update: see `observe_update`.

@@ -98,7 +98,7 @@ def _leakage(sweep: Sweep, cells: Sequence[CellSummary], baseline: CellSummary) 
         axes.set_xlabel(_wrapped(DEFENCES[sweep.defence].strength), fontsize=8.5)
         axes.grid(True, color="#E5E5E5", linewidth=0.7, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
-    shares.legend(loc="center left", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
+    shares.legend(loc="best", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
     figure.suptitle(sweep.title, fontsize=13, x=0.01, ha="left")
     return figure
 
