@@ -22,6 +22,7 @@ FAST_TRIPLES = 24
 THOROUGH_TRIPLES = 256
 LIKELIHOOD_STARTS = 4
 POLISHED = 6
+SUPPORTED = 4
 LISTED = 3
 
 
@@ -98,14 +99,20 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
         )
 
     first = argmax(score)
-    if unknowns.scalar:  # Then kappa follows from lambda.
-        elsewhere = _apart(hypotheses.scalar, hypotheses.scalar_deviation, first)
-    else:
-        elsewhere = _apart(hypotheses.factor, hypotheses.factor_deviation, first)
+    # Without lambda as an unknown kappa is one; else it follows from lambda.
+    values, deviations = hypotheses.scalar, hypotheses.scalar_deviation
+    if not unknowns.scalar:
+        values, deviations = hypotheses.factor, hypotheses.factor_deviation
+    elsewhere = _apart(values, deviations, first)
     # The best few, and the best few of those that contradict the very best.
     contradicting = jnp.where(elsewhere, score, -jnp.inf)
     if thorough:
-        chosen = jnp.concatenate([argsort(-score)[:POLISHED], argsort(-contradicting)[:POLISHED]])
+        # Where nearly all of the softmax is one class, a triple with that class in it can score best, each such at a
+        # lambda of its own; those that other triples confirm are tried too.
+        support = _support(values, deviations, score)
+        chosen = jnp.concatenate(
+            [argsort(-score)[:POLISHED], argsort(-contradicting)[:POLISHED], argsort(-support)[:SUPPORTED]]
+        )
     else:
         chosen = jnp.stack([first, argmax(contradicting)])
     polished = jax.vmap(polish)(chosen)
@@ -118,6 +125,15 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
 def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.Array:
     """Which values differ from the chosen one by more than their errors."""
     return jnp.abs(values - values[chosen]) > TOLERANCE * (deviations + deviations[chosen])
+
+
+def _support(values: jax.Array, deviations: jax.Array, score: jax.Array) -> jax.Array:
+    """(H,) nats by which it would surprise to find as many other hypotheses at the same value by accident."""
+    reach = TOLERANCE * (deviations[:, None] + deviations[None, :])
+    near = jnp.abs(values[:, None] - values[None, :]) <= reach
+    others = ~jnp.eye(values.size, dtype=bool) & (score > 0)[None, :]
+    nats = jnp.log(jnp.maximum(jnp.abs(values)[:, None] / jnp.maximum(reach, 1e-300), 1.0))
+    return jnp.where(score > 0, jnp.sum(jnp.where(near & others, nats, 0.0), axis=1), -jnp.inf)
 
 
 def _distinct(polished: Consensus, listed: int) -> Consensus:
