@@ -27,6 +27,7 @@ from runner import Run, add_data_options, new_figure, option_parser
 from scipy.optimize import linear_sum_assignment
 
 import softinv_jax
+from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.batches.component import TARGETS
 from softinv_jax.batches.joint import fit_jointly
 from softinv_jax.batches.subspace import batch_subspace
@@ -169,7 +170,7 @@ def measure(
         labels = np.asarray(drawn.labels)
         gradient = batch_gradient(weight, features, drawn.labels)
         start = time.perf_counter()
-        recovery = softinv_jax.recover(softinv_jax.observe(weight, gradient), batch_size=size)
+        recovery = recover_batch(softinv_jax.observe(weight, gradient), size)
         seconds.append(time.perf_counter() - start)
         result = score(recovery, labels)
         result["identifiable"] = identifiable(weight, gradient, features, labels)
