@@ -334,7 +334,7 @@ def prediction_error(subspace: BatchSubspace, coordinates: jax.Array, prediction
     """(C,) standard deviation of the softmax at given a: from the noise on V, and the client's own rounding."""
     feature = jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
     logits = jnp.abs(subspace.directions @ coordinates)
-    summed = 0.41 * subspace.weight_norm * jnp.sqrt(jnp.sum(coordinates**2))
+    summed = subspace.summation * jnp.sqrt(jnp.sum(coordinates**2))
     logit = jnp.hypot(subspace.weight_norm * feature, subspace.roundoff * (logits + summed))
     # Independent errors of the logits, to first order: dp_j = p_j (dz_j - sum_k p_k dz_k). An entry near 1 is known
     # much better than its logit.

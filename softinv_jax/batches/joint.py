@@ -75,10 +75,13 @@ def fit_jointly(
     along = main[:, None] * main[None, :]
     across = jnp.eye(rank) - along
 
-    def row_deviation(coordinates: jax.Array, projector: jax.Array, directions: int) -> jax.Array:
-        """(C,) of the entries of a row of G V in some directions: its noise, and that of the softmax entries in it."""
+    def row_deviation(
+        coordinates: jax.Array, weights: jax.Array, projector: jax.Array, directions: int
+    ) -> jax.Array:
+        """(C,) of the entries of a row of G V in some directions: its noise, and that of p - y in it, rounded too."""
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
         error = jax.vmap(partial(prediction_error, subspace))(coordinates, prediction)
+        error = jnp.hypot(error, subspace.roundoff * labels(weights))
         square = jnp.sum((coordinates @ projector) ** 2, axis=1)
         carried = jnp.sum(error**2 * square[:, None], axis=0) / (batch_size**2 * max(directions, 1))
         return jnp.sqrt(subspace.noise**2 + carried)
@@ -146,8 +149,8 @@ def fit_jointly(
         difference = model(start, weights).T @ start / batch_size - observed
         misfit = tolerance * jnp.sqrt(jnp.mean(difference**2, axis=1))
         noises = (
-            whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
-            whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
+            whitening(jnp.hypot(row_deviation(start, weights, along, 1), misfit)),
+            whitening(jnp.hypot(row_deviation(start, weights, across, rank - 1), misfit)),
         )
         flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
     normal = equations.normal

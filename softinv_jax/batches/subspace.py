@@ -33,6 +33,7 @@ class BatchSubspace:
       left: (C, B) R U. singular_values: (B,) S, in units of the noise. right: (d, B) V.
       directions: (C, B) W V, so that the logits of x = V a are `directions @ a`.
       weight_norm: (C,) |W_j|.
+      summation: (C,) standard deviation of a logit from the rounding of its partial sums, in unit roundoffs of |x|.
       constant: (B,) last row of V: constant . a = 1 for a head with a bias. Zeros without one.
       noise: (C,) R: standard deviation of whatever is not of rank B, per entry of each row of G.
       common: (C, COMMON) how much of it rows have in common: its covariance over rows has the off-diagonal part of
@@ -45,6 +46,7 @@ class BatchSubspace:
     right: jax.Array
     directions: jax.Array
     weight_norm: jax.Array
+    summation: jax.Array
     constant: jax.Array
     noise: jax.Array
     common: jax.Array
@@ -141,12 +143,24 @@ def batch_subspace(
         right=basis,
         directions=weight @ basis,
         weight_norm=jnp.sqrt(jnp.sum(weight**2, axis=1)),
+        summation=jnp.asarray(_summation(np.asarray(weight), right[0])),
         constant=basis[-1] if has_bias else jnp.zeros((rank,)),
         noise=jnp.asarray(noise),
         common=jnp.asarray(noise[:, None] * common * np.sqrt(excess)),
         roundoff=jnp.asarray(unit_roundoff(dtype)),
     )
     return subspace, values
+
+
+def _summation(weight: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """(C,) deviation of W_j . x from rounding every partial sum once, in unit roundoffs of |x|.
+
+    In the worst order, one by one. Features resemble each other, so that their main direction stands for all of them.
+    With weights and features of random signs this comes to 0.41 |W_j|; a trained head's partial sums can be far larger
+    than its logits.
+    """
+    partial_sums = np.cumsum(weight * direction, axis=1)
+    return np.sqrt(np.sum(partial_sums**2, axis=1) / 3)
 
 
 def _whitened(matrix: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

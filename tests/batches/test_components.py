@@ -170,3 +170,33 @@ def test_rows_known_better_than_others_reveal_what_absolute_noise_hides() -> Non
         jnp.zeros(matrix.shape), jnp.asarray(matrix, jnp.float64), None, matrix.dtype, has_bias=False
     )
     assert subspace.singular_values.size == 3
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_joint_fit_expects_the_rounding_of_a_float32_client(seed: int, ordered: bool) -> None:
+    """At the truth its residual is that of the noise it assumes, also where partial sums of a logit are large."""
+    classes, features, size = 10, 768, 2
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(-0.5, 0.5, (classes, features)).astype(np.float32) / (10 if ordered else 1)
+    if ordered:
+        weight = np.sort(weight, axis=1)
+    feature = rng.uniform(0.3, 0.7, (size, features)).astype(np.float32)
+    strength = rng.uniform(0.05, 0.5, size)
+    labels = np.repeat(strength[:, None] / classes, classes, axis=1)
+    labels[np.arange(size), [3, 7]] += 1 - strength
+    labels = labels.astype(np.float32)
+
+    def loss(weight: jax.Array) -> jax.Array:
+        return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(feature @ weight.T), axis=1))
+
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(weight)), np.float64)
+    subspace, _ = batch_subspace(
+        jnp.asarray(weight, jnp.float64), jnp.asarray(gradient), size, np.dtype(np.float32), has_bias=False
+    )
+    start = jnp.asarray(feature.astype(np.float64) @ np.asarray(subspace.right))
+    targets = jnp.asarray([[3, -1], [7, -1]], jnp.int32)
+    weights = jnp.asarray(np.stack([1 - strength, np.zeros(size)], axis=1))
+    fit = fit_jointly(subspace, start, weights, targets, float(size))
+    assert 0.2 < float(fit.misfit) < 2
+    np.testing.assert_allclose(fit.label, labels, atol=1e-5)
