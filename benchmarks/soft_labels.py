@@ -12,8 +12,8 @@ that the recovery itself states (an untrained network's logits may differ too li
 float32 gradients, batch normalisation in evaluation mode.
 
 LeNet and FCN-4 run with the paper's 1000 samples (smoothing, hard) and 900 (mixup) for each network; the larger
-networks with 40, with `--full` as many. ResNet50 has 1000 classes, of which images get one at random where the data
-set has fewer. Untrained ResNet18 has the ImageNet stem, the trained one (`train.py`) the CIFAR stem, as in the paper.
+networks with 40, with `--full` as many. ResNet50 and one LeNet have 1000 classes, of which images get one at random
+where the data set has fewer. Untrained ResNet18 has the ImageNet stem, the trained one (`train.py`) the CIFAR stem, as in the paper.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ CASES = {
     "LeNet untrained": Case(LeNet, all_samples=True),
     "LeNet trained, smoothing": Case(trained=("lenet", "smoothing"), all_samples=True),
     "LeNet trained, mixup": Case(trained=("lenet", "mixup"), all_samples=True),
+    "LeNet untrained, 1000 classes": Case(LeNet, classes=1000, all_samples=True),
     "FCN-4 untrained": Case(FCN4, 64, all_samples=True),
     "ResNet18 untrained": Case(ResNet18, piece=20),
     "ResNet18 trained, smoothing": Case(trained=("resnet18", "smoothing"), piece=20),
@@ -80,7 +81,7 @@ CASES = {
     "AlexNet untrained": Case(AlexNet, 224, piece=20),
     "ResNet50 untrained": Case(ResNet50, 64, classes=1000, piece=20),
 }
-FIRST_DATA_SET_ONLY = ("LeNet trained", "ResNet18 trained", "AlexNet", "ResNet50")
+FIRST_DATA_SET_ONLY = ("LeNet trained", "LeNet untrained, 1000", "ResNet18 trained", "AlexNet", "ResNet50")
 
 
 @dataclass
