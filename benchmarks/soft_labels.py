@@ -13,7 +13,8 @@ float32 gradients, batch normalisation in evaluation mode.
 
 LeNet and FCN-4 run with the paper's 1000 samples (smoothing, hard) and 900 (mixup) for each network; the larger
 networks with 40, with `--full` as many. ResNet50 and one LeNet have 1000 classes, of which images get one at random
-where the data set has fewer. Untrained ResNet18 has the ImageNet stem, the trained one (`train.py`) the CIFAR stem, as in the paper.
+where the data set has fewer. Untrained ResNet18 has the ImageNet stem, the trained one (`train.py`) the CIFAR stem, as
+in the paper.
 """
 
 from __future__ import annotations
