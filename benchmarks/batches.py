@@ -2,13 +2,16 @@
 
     python benchmarks/batches.py [--dataset cifar10] [--data-dir DIR] [--batches 10] [--quick | --full]
                                  [--cases 100:8 100:16 ...] [--trained-cases 10:2 10:3 ...] [--seeds 5]
+                                 [--unknown-scale-cases 100:8 ...]
 
 Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
 with smoothing and mixup (`--trained-cases`; C of the data set). As it is, batches of up to 24 with 10 and 100 classes,
-three of each; `--full`: ten of each, up to 64, and 1000 classes too (hours). The plot is the fraction found against the
-batch size, with both counting bounds of docs/batches.md drawn in. There is one network of each kind: `--seeds` has no
-effect. Images are drawn without repetition, gradients are
-float32. An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
+three of each; `--full`: ten of each, up to 64, and 1000 classes too (hours). Cases of `--unknown-scale-cases` have a
+factor e^(3 N(0, 1)) on each gradient of the untrained network, negative on every fifth, which is not told. The plot is
+the fraction found against the batch size, with both counting bounds of docs/batches.md drawn in. There is one network
+of each kind: `--seeds` has no effect. Images are drawn without repetition, gradients are float32.
+
+An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
 within six of its own deviations, and a reported label that fits no example as spurious. `bound` counts the examples
 whose label the gradient fixes to 1e-5 at all (standard deviation of the best unbiased estimate at the truth).
 """
@@ -28,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 
 import softinv_jax
 from softinv_jax.batches.batch_recovery import recover_batch
-from softinv_jax.batches.component import TARGETS
+from softinv_jax.batches.component import TARGETS, Divisor
 from softinv_jax.batches.joint import fit_jointly
 from softinv_jax.batches.subspace import batch_subspace
 from softinv_jax.client import SoftLabelBatch, cross_entropy, sample_batch
@@ -95,12 +98,13 @@ def identifiable(weight: jax.Array, gradient: jax.Array, features: jax.Array, la
     shares = np.take_along_axis(labels, targets, 1).astype(np.float64) - level[:, None]
     targets = np.where(shares > 0, targets, -1)
     start = jnp.asarray(features, jnp.float64) @ subspace.right
-    bound = fit_jointly(subspace, start, jnp.asarray(shares), jnp.asarray(targets), float(size))
+    bound = fit_jointly(subspace, start, jnp.asarray(shares), jnp.asarray(targets), Divisor(size))
     return int(np.sum(np.max(np.asarray(bound.label_deviation), axis=1) < 1e-5))
 
 
 UNTRAINED = ("10:2", "10:3", "10:4", "100:4", "100:8", "100:16", "100:24")
 UNTRAINED_FULL = (*UNTRAINED, "100:32", "100:48", "100:64", "1000:8", "1000:16", "1000:32", "1000:64")
+UNKNOWN_SCALE = ("10:2", "10:3", "10:4", "100:8", "100:16")
 TRAINED = ("10:1", "10:2", "10:3", "10:4", "10:5")
 
 COLUMNS = {
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, help="of each case and format")
     parser.add_argument("--cases", nargs="*", metavar="C:B")
     parser.add_argument("--trained-cases", nargs="*", metavar="C:B")
+    parser.add_argument("--unknown-scale-cases", nargs="*", metavar="C:B")
     arguments = parser.parse_args()
     run = Run("batches", arguments)
     quick, full = arguments.quick, arguments.full
@@ -133,17 +138,21 @@ def main() -> None:
     trained_cases = () if quick else TRAINED
     trained_cases = trained_cases if arguments.trained_cases is None else arguments.trained_cases
     arguments.batches = arguments.batches or run.size(1, 3, 10)
+    scale_cases = () if quick else UNKNOWN_SCALE
+    scale_cases = scale_cases if arguments.unknown_scale_cases is None else arguments.unknown_scale_cases
     untrained = [tuple(map(int, case.split(":"))) for case in cases]
+    unscaled = [tuple(map(int, case.split(":"))) for case in scale_cases]
     trained = [tuple(map(int, case.split(":"))) for case in trained_cases]
     training, test, images = load_data(arguments)
-    arguments.classes = sorted({classes for classes, _ in untrained})
-    arguments.networks = ["untrained"] * bool(untrained) + ["smoothing", "mixup"] * bool(trained)
+    arguments.classes = sorted({classes for classes, _ in untrained + unscaled})
+    arguments.networks = ["untrained"] * bool(untrained + unscaled) + ["smoothing", "mixup"] * bool(trained)
     for name, number_of_classes, network, parameters in networks(arguments, training):
-        own = untrained if name == "untrained" else trained
-        for size in [size for classes, size in own if classes == number_of_classes]:
+        own = [(case, False) for case in (untrained if name == "untrained" else trained)]
+        own += [(case, True) for case in unscaled if name == "untrained"]
+        for (_, size), unknown in [each for each in own if each[0][0] == number_of_classes]:
             for family in FORMATS:
                 where = (run, name, number_of_classes, network, parameters, images, test.classes, size, family)
-                run.add(**measure(*where))
+                run.add(**measure(*where, unknown_scale=unknown))
     run.finish("Examples found in one averaged gradient", COLUMNS, draw)
 
 
@@ -157,6 +166,8 @@ def measure(
     classes: np.ndarray,
     size: int,
     family: str,
+    *,
+    unknown_scale: bool,
 ) -> dict[str, Any]:
     """One row: some batches of one size and format."""
     counts = dict.fromkeys(("found", "imprecise", "spurious", "spurious_unique", "identifiable"), 0)
@@ -169,8 +180,12 @@ def measure(
         weight, features = head_and_features(network, parameters, drawn.images)
         labels = np.asarray(drawn.labels)
         gradient = batch_gradient(weight, features, drawn.labels)
+        seen = gradient
+        if unknown_scale:
+            size_of_factor = np.exp(3 * np.random.default_rng([number_of_classes, size, index]).standard_normal())
+            seen = gradient * np.float32(-size_of_factor if index % 5 == 4 else size_of_factor)
         start = time.perf_counter()
-        recovery = recover_batch(softinv_jax.observe(weight, gradient), size)
+        recovery = recover_batch(softinv_jax.observe(weight, seen), size, unknown_scale=unknown_scale)
         seconds.append(time.perf_counter() - start)
         result = score(recovery, labels)
         result["identifiable"] = identifiable(weight, gradient, features, labels)
@@ -178,7 +193,7 @@ def measure(
             counts[key_name] += int(result[key_name])
         largest = max(largest, result["largest_error"])
     return {
-        "network": name,
+        "network": name + ", unknown scale" * unknown_scale,
         "classes": number_of_classes,
         "batch_size": size,
         "format": family,

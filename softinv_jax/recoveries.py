@@ -28,6 +28,7 @@ def recover(
     *,
     batch_size: BatchSize,
     reduction: Reduction = "mean",
+    unknown_scale: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> BatchRecovery: ...
 def recover(observation: Observation, *, batch_size: BatchSize = 1, **options: Any) -> Recovery | BatchRecovery:
@@ -50,8 +51,8 @@ def recover(observation: Observation, *, batch_size: BatchSize = 1, **options: A
       batch_size: how many examples the gradient is the mean of. 1 is pure and works under `jax.jit` and `jax.vmap`;
         larger ones, or `auto` (the gradient's numerical rank), search on the host.
       options: for one example `method`, `unknown_scale`, `label_format` and `thorough`, as
-        `softinv_jax.labels.recovery.recover` describes them; for a batch `reduction` and `progress`, as
-        `softinv_jax.batches.batch_recovery.recover_batch` does.
+        `softinv_jax.labels.recovery.recover` describes them; for a batch `reduction`,
+        `unknown_scale` and `progress`, as `softinv_jax.batches.batch_recovery.recover_batch` does.
 
     Returns:
       A `Recovery`, or a `BatchRecovery` for another batch size than 1.
@@ -74,6 +75,7 @@ def recover_many(
     *,
     batch_size: BatchSize,
     reduction: Reduction = "mean",
+    unknown_scale: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[BatchRecovery]: ...
 def recover_many(
@@ -134,17 +136,15 @@ def recover_update(
       head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
 
     Returns:
-      A `Recovery` of NumPy arrays, whose `scale` includes the learning rate where that is not known; or a
-      `BatchRecovery` for another batch size than 1. Where the update is not exact, nothing is `unique`.
+      A `Recovery` of NumPy arrays, or a `BatchRecovery` for another batch size than 1, whose `scale`
+      includes the learning rate where that is not known. Where the update is not exact, nothing is `unique`.
 
     Raises:
-      ValueError: as `recover`, for a head that is not found, or a batch behind an update whose scale is not known.
+      ValueError: as `recover`, and for a head that is not found.
     """
     observation = observe_update_head(update, name=head)
     if not _is_one(batch_size):
-        if not update.scale_known:
-            raise ValueError(f"batch_size = {batch_size!r} needs the learning rate: batches are recovered to scale")
-        batch = recover_batch(observation, batch_size)
+        batch = recover_batch(observation, batch_size, unknown_scale=not update.scale_known)
         return batch if update.exact else as_approximate(batch)
     # Rounding of the parameters is noise, which only the thorough search can deal with.
     found = many.recover_many(stack_observations([observation]), unknown_scale=not update.scale_known, thorough=True)
@@ -169,10 +169,10 @@ def _is_one(batch_size: BatchSize) -> bool:
 
 
 def _batch_options(options: dict[str, Any]) -> dict[str, Any]:
-    refused = sorted(set(options) - {"reduction", "progress"})
+    refused = sorted(set(options) - {"reduction", "unknown_scale", "progress"})
     if refused:
         raise ValueError(
             f"{' and '.join(refused)} {'is' if len(refused) == 1 else 'are'} for batch_size=1 only; a batch takes"
-            " reduction and progress"
+            " reduction, unknown_scale and progress"
         )
     return options

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.batches.component import TARGETS, Component
+from softinv_jax.batches.component import TARGETS, Component, Divisor
+from softinv_jax.batches.evidence import example_surprise, joint_surprise
 from softinv_jax.batches.joint import JointFit
+from softinv_jax.batches.scale_search import search_any_scale
 from softinv_jax.batches.search import search_batch
 from softinv_jax.batches.subspace import BatchSubspace, batch_subspace
 from softinv_jax.float64 import in_float64
@@ -38,6 +40,8 @@ class BatchRecovery:
       misfit: (B,) root mean square residual of the example's own equation, in standard deviations.
       rank: numerical rank of the gradient. singular_values: (min(C, d),), with each row in units of its noise. noise:
         (C,) standard deviation, per entry of each row of the gradient, of what is not of that rank.
+      scale: the factor on the gradient, 1 unless it was to be found; NaN where no example was. scale_deviation: its
+        standard deviation.
       joint_misfit: root mean square residual of the whole gradient in standard deviations, all examples together; NaN
         unless all were found. joint_surprise: nats, of all of them together.
       residual: relative distance between the gradient and the one that all solutions give together, those included that
@@ -55,6 +59,8 @@ class BatchRecovery:
     rank: int
     singular_values: np.ndarray
     noise: np.ndarray
+    scale: float
+    scale_deviation: float
     joint_misfit: float
     joint_surprise: float
     residual: float
@@ -65,6 +71,7 @@ def recover_batch(
     batch_size: int | Literal["auto"],
     *,
     reduction: Reduction = "mean",
+    unknown_scale: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> BatchRecovery:
     """Recover every example of one batch from the gradient of its loss.
@@ -75,7 +82,9 @@ def recover_batch(
     Args:
       observation: `weight_gradient` (C, d), with `bias_gradient` (C,) for a head with a bias.
       batch_size: B < C, B <= d; or `auto`: the numerical rank of the gradient.
-      reduction: whether the loss was the mean or the sum over the batch. (With `auto` the mean is over the rank.)
+      reduction: whether the loss was the mean or the sum over the batch. (With `auto` the mean is over the rank.) Where
+        the scale is unknown, it only says what `scale` is relative to.
+      unknown_scale: the gradient carries an unknown factor, of either sign (learning rate, mean or sum).
       progress: called with (examples found, B).
 
     Returns:
@@ -102,7 +111,7 @@ def recover_batch(
             )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    return _recover_batch(observation, batch_size, reduction, progress or (lambda found, total: None))
+    return _recover_batch(observation, batch_size, reduction, unknown_scale, progress or (lambda found, total: None))
 
 
 @in_float64
@@ -110,6 +119,7 @@ def _recover_batch(
     observation: Observation,
     batch_size: int | Literal["auto"],
     reduction: Reduction,
+    unknown_scale: bool,
     progress: Callable[[int, int], None],
 ) -> BatchRecovery:
     dtype = np.dtype(observation.weight_gradient.dtype)
@@ -122,11 +132,19 @@ def _recover_batch(
     )
     rank = subspace.singular_values.size
     total = largest or rank
-    divisor = 1.0 if reduction == "sum" else float(total)
+    usual = 1.0 if reduction == "sum" else float(total)
+    found: list[Component] = []
+    joint = None
+    divisor = Divisor(math.nan) if unknown_scale else Divisor(usual)
     if singular_values[0] == 0:
-        return _finish(subspace, singular_values, [], None, gradient, divisor, total, 0, dtype, has_bias=has_bias)
-    found, joint = search_batch(subspace, divisor, progress, total)
-    return _finish(subspace, singular_values, found, joint, gradient, divisor, total, rank, dtype, has_bias=has_bias)
+        rank = 0
+    elif unknown_scale:
+        divisor, found, joint = search_any_scale(subspace, progress, total)
+    else:
+        found, joint = search_batch(subspace, divisor, progress, total)
+    return _finish(
+        subspace, singular_values, found, joint, gradient, divisor, usual, total, rank, dtype, has_bias=has_bias
+    )
 
 
 def _finish(
@@ -135,7 +153,8 @@ def _finish(
     found: list[Component],
     joint: JointFit | None,
     gradient: jax.Array,
-    divisor: float,
+    divisor: Divisor,
+    usual: float,
     total: int,
     rank: int,
     dtype: np.dtype,
@@ -152,7 +171,8 @@ def _finish(
     targets = np.full((total, TARGETS), -1, np.int32)
     surprise, misfit = np.full((total,), np.nan), np.full((total,), np.nan)
     verdict = np.full((total,), Verdict.NO_SIGNAL if rank == 0 else Verdict.NOT_FOUND, np.int32)
-    joint_surprise = math.nan
+    together = math.nan
+    known_divisor = divisor.deviation == 0
     predicted = np.zeros(gradient.shape)
     for row, one in enumerate(found):
         structured = _structured(one, number_of_classes) if joint is None else joint.label[row]
@@ -164,14 +184,14 @@ def _finish(
             feature_deviation[row] = np.sqrt(np.sum(joint.coordinates_deviation[row] ** 2) / features)
         weights = np.where(one.targets >= 0, structured[one.targets], -np.inf)
         targets[row] = one.targets[np.argsort(-weights)]
-        surprise[row] = _surprise(subspace, one)
+        surprise[row] = example_surprise(subspace, one, known_divisor=known_divisor)
         misfit[row] = one.misfit
         prediction = np.asarray(jax.nn.softmax(subspace.directions @ coordinates))
-        predicted += np.outer(prediction - structured, full) / divisor
+        predicted += np.outer(prediction - structured, full) / divisor.value
     if joint is not None:
-        joint_surprise = _joint_surprise(subspace, found)
+        together = joint_surprise(subspace, found, known_divisor=known_divisor)
     for row, one in enumerate(found):
-        accident = max(surprise[row], np.nan_to_num(joint_surprise, nan=-np.inf)) < UNIQUE_SURPRISE
+        accident = max(surprise[row], np.nan_to_num(together, nan=-np.inf)) < UNIQUE_SURPRISE
         vague = joint is None and TOLERANCE * one.logit_deviation > 1
         if accident or vague:
             # It explains its own equation, as an accident might, or too many labels do: not enough to report it.
@@ -181,6 +201,9 @@ def _finish(
         sharp = TOLERANCE * np.max(label_deviation[row]) <= SHARP_LABEL
         verdict[row] = Verdict.UNIQUE if sharp else Verdict.AMBIGUOUS
     size = np.linalg.norm(gradient)
+    if not np.any((verdict == Verdict.UNIQUE) | (verdict == Verdict.AMBIGUOUS)) and not known_divisor:
+        divisor = Divisor(math.nan, math.nan)
+    scale = usual / divisor.value
     residual = np.linalg.norm(np.asarray(gradient) - predicted) / (size if size else 1.0)
     kind = np.promote_types(dtype, np.float32)
     return BatchRecovery(
@@ -195,8 +218,10 @@ def _finish(
         rank=rank,
         singular_values=singular_values,
         noise=np.asarray(subspace.noise),
+        scale=scale,
+        scale_deviation=abs(scale) * divisor.deviation,
         joint_misfit=math.nan if joint is None else float(joint.misfit),
-        joint_surprise=joint_surprise,
+        joint_surprise=together,
         residual=float(residual),
     )
 
@@ -208,42 +233,3 @@ def _structured(one: Component, number_of_classes: int) -> np.ndarray:
     label[singled] = one.label[singled]
     label[singled] += (1 - label.sum()) / max(len(singled), 1)
     return label
-
-
-def _nats(subspace: BatchSubspace, one: Component) -> np.ndarray:
-    """(C,) minus the logarithm of the chance that an entry of a dense label agrees to within its margin.
-
-    Entries of a dense label are of the order 1 / C, and those of U beta no larger than |U_j| |beta|: a class that no
-    example of the batch says anything about agrees with everything.
-    """
-    size = np.linalg.norm(np.asarray(subspace.left), axis=1) * np.linalg.norm(one.dual)
-    room = np.minimum(1 / one.label.size, size)
-    return np.log(np.maximum(room / (2 * TOLERANCE * one.deviation), 1.0))
-
-
-def _surprise(subspace: BatchSubspace, one: Component) -> float:
-    """Nats by which the agreement beyond what the unknowns account for would surprise in a dense label.
-
-    As for one example (`labels/consensus.py`): each class that agrees to within its margin does so by accident with a
-    chance of the margin over the room it has. a, beta and c, less one for duality, absorb the sharpest agreements;
-    every choice of classes is one more chance.
-    """
-    return _surplus(subspace, [one], unknowns=2 * one.coordinates.size)
-
-
-def _joint_surprise(subspace: BatchSubspace, found: list[Component]) -> float:
-    """Nats of the agreement of all equations together, as `_surprise` counts them for one."""
-    rank = subspace.singular_values.size
-    # B^2 coordinates, which leave the duals no freedom, and a level each.
-    return _surplus(subspace, found, unknowns=rank * rank + rank)
-
-
-def _surplus(subspace: BatchSubspace, examples: list[Component], unknowns: int) -> float:
-    """Nats of all classes not singled out but the `unknowns` sharpest, less the choices of those singled out."""
-    number_of_classes = subspace.left.shape[0]
-    singled = [one.targets[one.targets >= 0] for one in examples]
-    nats = [np.delete(_nats(subspace, one), classes) for one, classes in zip(examples, singled, strict=True)]
-    every = np.sort(np.concatenate(nats))
-    kept = every[: max(len(every) - unknowns, 0)]
-    choices = sum(math.log(math.comb(number_of_classes, len(classes))) for classes in singled)
-    return float(kept.sum() - choices)

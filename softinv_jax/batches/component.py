@@ -8,9 +8,10 @@ over the few classes t that the label singles out. c and the weights w_t enter l
 projection, Golub and Pereyra 1973); a in R^B remains. a = 0 and |a| -> infinity solve it too (p uniform, p one-hot);
 what they violate is that the outer products of a matrix of rank B are dual to each other,
 
-    x^T G^+ g = a^T S^-1 U^T g = B            (Wedderburn 1934)
+    x^T G^+ g = a^T S^-1 U^T g = D            (Wedderburn 1934)
 
-which is one more equation.
+with D what the sum of the outer products was divided by, B for a mean: one more equation, if D is known. If it is not,
+every example tells it by itself.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "ITERATIONS",
     "TARGETS",
     "Component",
+    "Divisor",
     "prediction_error",
     "solve_components",
     "starting_weights",
@@ -40,6 +42,16 @@ SETTLING = 12  # Steps in the end, with every equation weighed by its own deviat
 DUALITY_WEIGHT = 0.3
 CONSTANT_DEVIATION = 1e-7  # Of the constant feature of a head with a bias.
 ROUNDED_OPERATIONS = 3
+
+
+class Divisor(NamedTuple):
+    """D, what the sum of the outer products was divided by, and its relative standard deviation.
+
+    0 for a known one. Infinite for one that is a guess: then it only says how large the starts are.
+    """
+
+    value: float
+    deviation: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +71,8 @@ class Component:
         of their own deviations of where the iteration ends.
       logit_deviation: () largest standard deviation of a logit whose softmax entry stands out of its own: where six of
         these come near 1, deviations to first order say little.
-      duality: () x^T G^+ g / B - 1. duality_deviation: () what noise makes of it.
+      divisor: () x^T G^+ g. divisor_deviation: () relative, what noise makes of it.
+      duality: () that over D, less 1. duality_deviation: () what noise, and not knowing D, make of it.
       constant_error: () what the constant feature of a head with a bias misses 1 by.
     """
 
@@ -75,6 +88,8 @@ class Component:
     freedom: jax.Array
     decrement: jax.Array
     logit_deviation: jax.Array
+    divisor: jax.Array
+    divisor_deviation: jax.Array
     duality: jax.Array
     duality_deviation: jax.Array
     constant_error: jax.Array
@@ -122,7 +137,7 @@ def _equations(
     subspace: BatchSubspace,
     eliminator: _Eliminator,
     coordinates: jax.Array,
-    batch_size: float,
+    divisor: Divisor,
     duality_weight: float | jax.Array,
 ) -> _Equations:
     directions, values = subspace.directions, subspace.singular_values
@@ -132,9 +147,9 @@ def _equations(
     stacked = jnp.concatenate([prediction[:, None], slope], axis=1)
     residual = eliminator.residual(stacked)
     dual = eliminator.solution(stacked)[:rank]
-    scaled = coordinates / values / batch_size
+    scaled = coordinates / values / divisor.value
     duality = scaled @ dual[:, 0] - 1
-    duality_slope = dual[:, 0] / values / batch_size + scaled @ dual[:, 1:]
+    duality_slope = dual[:, 0] / values / divisor.value + scaled @ dual[:, 1:]
     constant = subspace.constant @ coordinates - jnp.any(subspace.constant != 0)
     extra = jnp.stack([duality_weight * duality, constant])
     extra_slope = jnp.stack([duality_weight * duality_slope, subspace.constant])
@@ -154,7 +169,7 @@ def _search(
     subspace: BatchSubspace,
     start: jax.Array,
     eliminator: _Eliminator,
-    batch_size: float,
+    divisor: Divisor,
     iterations: int | jax.Array,
 ) -> jax.Array:
     """Coordinates (B,) near a solution, if there is one near the start."""
@@ -167,7 +182,7 @@ def _search(
     units = jnp.concatenate([jnp.full((number_of_classes,), 1 / jnp.maximum(spread, 1e-300)), jnp.ones((2,))])
 
     def normal_equations(coordinates: jax.Array) -> NormalEquations:
-        equations = _equations(subspace, eliminator, coordinates, batch_size, DUALITY_WEIGHT)
+        equations = _equations(subspace, eliminator, coordinates, divisor, DUALITY_WEIGHT)
         residual, slope = equations.residual * units, equations.jacobian * units[:, None]
         return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
@@ -179,7 +194,7 @@ def _settle(
     start: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    batch_size: float,
+    divisor: Divisor,
     iterations: jax.Array,
 ) -> jax.Array:
     """Coordinates (B,) of the likeliest solution near one: every equation in its own standard deviations."""
@@ -187,27 +202,27 @@ def _settle(
     values = subspace.singular_values
     prediction = jax.nn.softmax(subspace.directions @ start)
     dual = eliminator.solution(prediction[:, None])[: values.size, 0]
-    deviation = _duality_deviation(subspace, eliminator, start, dual, batch_size)
+    deviation = jnp.hypot(_divisor_deviation(subspace, eliminator, start, dual), divisor.deviation)
     constant = jnp.concatenate([jnp.ones((weights.size + 1,)), 1 / CONSTANT_DEVIATION * jnp.ones((1,))])
 
     def normal_equations(coordinates: jax.Array) -> NormalEquations:
-        equations = _equations(subspace, eliminator, coordinates, batch_size, 1 / deviation)
+        equations = _equations(subspace, eliminator, coordinates, divisor, 1 / deviation)
         residual, slope = equations.residual * constant, equations.jacobian * constant[:, None]
         return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
 
     return minimise(normal_equations, start, iterations, 1e-4, _solve)[0]
 
 
-def _duality_deviation(
-    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, dual: jax.Array, batch_size: float
+def _divisor_deviation(
+    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, dual: jax.Array
 ) -> jax.Array:
-    """() standard deviation of x^T G^+ g / B: of the noise on G itself, and of beta from its own equations."""
+    """() relative standard deviation of x^T G^+ g: of the noise on G itself, and of beta from its own equations."""
     values = subspace.singular_values
-    scaled = coordinates / values / batch_size
+    scaled = coordinates / values
     # To first order noise E changes x^T G^+ g by x^T G^+ E G^+ g (Golub and Pereyra 1973), and E has deviation 1 here.
     noise = jnp.sqrt(jnp.sum(scaled**2) * jnp.sum((dual / values) ** 2))
     own = jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[: values.size]) ** 2))
-    return jnp.maximum(jnp.hypot(noise, own), 1e-15)
+    return jnp.maximum(jnp.hypot(noise, own) / jnp.maximum(jnp.abs(scaled @ dual), 1e-300), 1e-15)
 
 
 @jax.jit
@@ -216,7 +231,7 @@ def solve_components(
     starts: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    batch_size: float,
+    divisor: Divisor,
     iterations: int | jax.Array = ITERATIONS,
 ) -> Component:
     """Solve from every start.
@@ -225,7 +240,7 @@ def solve_components(
       subspace: of the batch.
       starts: (n, B) coordinates. targets: (n, TARGETS) classes assumed to be singled out, -1 for none.
       weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
-      batch_size: B, or what else the outer products were divided by.
+      divisor: D.
       iterations: at most; with 0 the starts themselves are described.
 
     Returns:
@@ -235,16 +250,16 @@ def solve_components(
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
         eliminator = _eliminator(subspace, chosen, own)
-        found = _search(subspace, start, eliminator, batch_size, iterations)
+        found = _search(subspace, start, eliminator, divisor, iterations)
         settling = jnp.minimum(iterations, SETTLING)
-        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size, settling)
-        return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), batch_size)
+        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), divisor, settling)
+        return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), divisor)
 
     return jax.lax.map(one, (starts, targets, weights), batch_size=8)
 
 
 def _describe(
-    subspace: BatchSubspace, coordinates: jax.Array, targets: jax.Array, weights: jax.Array, batch_size: float
+    subspace: BatchSubspace, coordinates: jax.Array, targets: jax.Array, weights: jax.Array, divisor: Divisor
 ) -> Component:
     """The label at given coordinates, with how exactly the gradient's noise lets it be known."""
     values = subspace.singular_values
@@ -255,15 +270,19 @@ def _describe(
     deviation = 1 / weights
     # Everything from here on in units of those deviations.
     eliminator = _eliminator(subspace, targets, weights)
-    equations = _equations(subspace, eliminator, coordinates, batch_size, 1.0)
+    equations = _equations(subspace, eliminator, coordinates, divisor, 1.0)
     solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
     dual, level = solution[:rank, 0], solution[rank, 0]
     label = prediction - subspace.left @ dual
     residual = equations.residual[:number_of_classes]
-    freedom = jnp.maximum(number_of_classes - jnp.sum(used) - 1 - 2 * rank + 1, 1)
+    # Of a, beta and c, duality takes one, if D is known.
+    unknowns = 2 * rank + 1 - jnp.isfinite(divisor.deviation)
+    freedom = jnp.maximum(number_of_classes - jnp.sum(used) - unknowns, 1)
     misfit = jnp.sqrt(jnp.sum(residual**2) / freedom)
-    duality = (coordinates / values / batch_size) @ dual - 1
-    duality_deviation = _duality_deviation(subspace, eliminator, coordinates, dual, batch_size)
+    own_divisor = (coordinates / values) @ dual
+    divisor_deviation = _divisor_deviation(subspace, eliminator, coordinates, dual)
+    duality = own_divisor / divisor.value - 1
+    duality_deviation = jnp.hypot(divisor_deviation, divisor.deviation)
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
     leverage = jnp.sum((design @ eliminator.inverse) ** 2, axis=1)
@@ -273,6 +292,9 @@ def _describe(
     columns, inverse = orthonormal_columns(slopes)
     errors = jnp.concatenate([residual, equations.residual[number_of_classes:] / scales])
     decrement = jnp.sum((columns.T @ errors) ** 2)
+    # Where duality does not pin a, its errors move D as well.
+    moved = jnp.sqrt(jnp.sum((extra[0] @ inverse) ** 2)) / jnp.maximum(jnp.abs(1 + duality), 1e-300)
+    divisor_deviation = jnp.hypot(divisor_deviation, jnp.where(jnp.isinf(divisor.deviation), moved, 0.0))
     label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum((label_slope @ inverse) ** 2, axis=1))
     level_deviation = jnp.sqrt(jnp.sum(eliminator.inverse[rank] ** 2) + jnp.sum((solution[rank, 1:] @ inverse) ** 2))
@@ -292,6 +314,8 @@ def _describe(
         freedom=freedom,
         decrement=decrement,
         logit_deviation=logit_deviation,
+        divisor=own_divisor,
+        divisor_deviation=divisor_deviation,
         duality=duality,
         duality_deviation=duality_deviation,
         constant_error=equations.residual[-1],

@@ -1,8 +1,8 @@
 """All examples of a batch together: one least-squares fit of the whole gradient, and whether it explains it.
 
-G V = (1/B) sum_b (softmax(W V a_b) - y_b) a_b^T, with y_b = 1/C + sum_t w_bt (e_t - 1/C): C B equations for B^2
-coordinates and a few weights. What one example's own equation cannot see, that the examples are dual to each other, is
-in here: the residual says whether the whole explanation is consistent.
+G V = (1/D) sum_b (softmax(W V a_b) - y_b) a_b^T, with y_b = 1/C + sum_t w_bt (e_t - 1/C): C B equations for B^2
+coordinates, a few weights, and D where it is not known. What one example's own equation cannot see, that the examples
+are dual to each other, is in here: the residual says whether the whole explanation is consistent.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.batches.component import TARGETS, prediction_error
+from softinv_jax.batches.component import TARGETS, Divisor, prediction_error
 from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 
@@ -26,6 +26,7 @@ class JointFit(NamedTuple):
     coordinates: (B, r). label: (B, C), structured.
     coordinates_deviation: (B, r) and label_deviation: (B, C), standard deviations.
     misfit: () root mean square residual in standard deviations, with the degrees of freedom left.
+    divisor: () D, as the fit found it. divisor_deviation: () relative, 0 if it was known.
     """
 
     coordinates: jax.Array
@@ -33,6 +34,22 @@ class JointFit(NamedTuple):
     coordinates_deviation: jax.Array
     label_deviation: jax.Array
     misfit: jax.Array
+    divisor: jax.Array
+    divisor_deviation: jax.Array
+
+
+class _Point(NamedTuple):
+    """Coordinates (n, r), weights (n, TARGETS) and D."""
+
+    coordinates: jax.Array
+    weights: jax.Array
+    divisor: jax.Array
+
+
+def _transposed(moving: jax.Array, gradient: jax.Array, projected: jax.Array, values: jax.Array) -> jax.Array:
+    """(n, r + T) J^T of (C, r) values."""
+    product = jnp.einsum("bkj,bj->bk", moving, projected @ values.T)
+    return product.at[:, : values.shape[1]].add(gradient @ values)
 
 
 def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
@@ -45,7 +62,7 @@ def fit_jointly(
     coordinates: jax.Array,
     weights: jax.Array,
     targets: jax.Array,
-    batch_size: float,
+    divisor: Divisor,
     steps: int = STEPS,
 ) -> JointFit:
     """Levenberg-Marquardt on all unknowns at once, until it gains nothing more.
@@ -53,7 +70,7 @@ def fit_jointly(
     Args:
       subspace: of the batch.
       coordinates: (n, r) start, one row an example. weights: (n, TARGETS) start. targets: (n, TARGETS), -1 for none.
-      batch_size: B.
+      divisor: D; free unless its deviation is 0.
       steps: static, at most.
     """
     count, rank = coordinates.shape
@@ -62,12 +79,10 @@ def fit_jointly(
     used = targets >= 0
     singled = jax.nn.one_hot(targets, number_of_classes, dtype=jnp.float64) - used[..., None] / number_of_classes
     has_constant = jnp.any(subspace.constant != 0)
+    is_free = divisor.deviation > 0
 
     def labels(weights: jax.Array) -> jax.Array:
         return 1 / number_of_classes + jnp.einsum("bt,btc->bc", jnp.where(used, weights, 0.0), singled)
-
-    def model(coordinates: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax.nn.softmax(coordinates @ subspace.directions.T, axis=1) - labels(weights)
 
     # Features resemble each other, so that errors of a softmax entry, which come times the feature, lie in one
     # direction of the row space more than in all others.
@@ -75,19 +90,20 @@ def fit_jointly(
     along = main[:, None] * main[None, :]
     across = jnp.eye(rank) - along
 
-    def row_deviation(
-        coordinates: jax.Array, weights: jax.Array, projector: jax.Array, directions: int
-    ) -> jax.Array:
+    def row_deviation(point: _Point, projector: jax.Array, directions: int) -> jax.Array:
         """(C,) of the entries of a row of G V in some directions: its noise, and that of p - y in it, rounded too."""
-        prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
-        error = jax.vmap(partial(prediction_error, subspace))(coordinates, prediction)
-        error = jnp.hypot(error, subspace.roundoff * labels(weights))
-        square = jnp.sum((coordinates @ projector) ** 2, axis=1)
-        carried = jnp.sum(error**2 * square[:, None], axis=0) / (batch_size**2 * max(directions, 1))
+        prediction = jax.nn.softmax(point.coordinates @ subspace.directions.T, axis=1)
+        error = jax.vmap(partial(prediction_error, subspace))(point.coordinates, prediction)
+        error = jnp.hypot(error, subspace.roundoff * labels(point.weights))
+        square = jnp.sum((point.coordinates @ projector) ** 2, axis=1)
+        carried = jnp.sum(error**2 * square[:, None], axis=0) / (point.divisor**2 * max(directions, 1))
         return jnp.sqrt(subspace.noise**2 + carried)
 
-    def unflatten(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return flat[: count * rank].reshape(count, rank), flat[count * rank :].reshape(count, TARGETS)
+    def unflatten(flat: jax.Array) -> _Point:
+        coordinates, weights = jnp.split(flat[:-1], [count * rank])
+        # The last unknown is the logarithm of D, relative to what was given.
+        value = divisor.value * jnp.exp(flat[-1])
+        return _Point(coordinates.reshape(count, rank), weights.reshape(count, TARGETS), value)
 
     def whitening(deviation: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         shared = jnp.sum(subspace.common**2, axis=1)
@@ -102,14 +118,14 @@ def fit_jointly(
         return scaled - (scaled @ (directions * shrinkage[None, :])) @ directions.T
 
     def normal_equations(flat: jax.Array, noises: tuple) -> NormalEquations:
-        """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / B for a_bs."""
-        coordinates, weights = unflatten(flat)
+        """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / D for a_bs."""
+        coordinates, weights, value = unflatten(flat)
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
         mean = prediction @ subspace.directions
         slope = prediction[:, :, None] * (subspace.directions[None] - mean[:, None, :])
         weight_slope = -jnp.where(used[..., None], singled, 0.0)
         # Everything that moves g_b, its coordinates and its weights, moves row j by a multiple of a_b.
-        moves = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1) / batch_size  # (n, r + T, C)
+        moves = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1) / value  # (n, r + T, C)
         constant = jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
         pull = subspace.constant / subspace.roundoff
         normal = jnp.zeros((count, rank + TARGETS) * 2)
@@ -117,10 +133,13 @@ def fit_jointly(
         normal = normal.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
         toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull[None, :])
         loss = jnp.sum(constant**2)
+        scaling = jnp.zeros((count, rank + TARGETS))  # Of J^T J, what belongs to the logarithm of D,
+        square, product = jnp.zeros(()), jnp.zeros(())  # its diagonal, and what belongs to it in J^T residual.
         for projector, noise in zip((along, across), noises, strict=True):
             projected = coordinates @ projector
-            gradient = whitened(prediction - labels(weights), noise) / batch_size
-            residual = gradient.T @ projected - whitened(observed.T, noise).T @ projector
+            gradient = whitened(prediction - labels(weights), noise) / value
+            model = gradient.T @ projected
+            residual = model - whitened(observed.T, noise).T @ projector
             moving = whitened(moves, noise)
             stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
             products = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
@@ -130,9 +149,10 @@ def fit_jointly(
             normal = normal.at[:, :, :, :rank].add(mixed)
             normal = normal.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
             normal = normal.at[:, :rank, :, :rank].add(jnp.einsum("bj,cj,rs->brcs", gradient, gradient, projector))
-            toward = toward + jnp.einsum("bkj,bj->bk", moving, projected @ residual.T)
-            toward = toward.at[:, :rank].add(gradient @ residual)
+            toward = toward + _transposed(moving, gradient, projected, residual)
             loss = loss + jnp.sum(residual**2)
+            scaling = scaling - _transposed(moving, gradient, projected, model)
+            square, product = square + jnp.sum(model**2), product - jnp.sum(model * residual)
 
         def ordered(values: jax.Array) -> jax.Array:
             """(n, r + T, ...) to all coordinates, then all weights."""
@@ -140,17 +160,20 @@ def fit_jointly(
             return jnp.concatenate([part.reshape(-1, *values.shape[2:]) for part in parts])
 
         normal = ordered(ordered(normal).transpose(1, 2, 0)).T
-        return NormalEquations(normal, ordered(toward), loss)
+        last = jnp.where(is_free, ordered(scaling), 0.0)
+        normal = jnp.block([[normal, last[:, None]], [last[None, :], jnp.where(is_free, square, 0.0)[None, None]]])
+        return NormalEquations(normal, jnp.append(ordered(toward), jnp.where(is_free, product, 0.0)), loss)
 
-    flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel()])
+    flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel(), jnp.zeros((1,))])
     # The best known rows count only as far as the fit has got to, so that they do not hide all others.
     for tolerance in (1.0, 1.0, 1.0, 0.0):
-        start, weights = unflatten(flat)
-        difference = model(start, weights).T @ start / batch_size - observed
+        start = unflatten(flat)
+        prediction = jax.nn.softmax(start.coordinates @ subspace.directions.T, axis=1)
+        difference = (prediction - labels(start.weights)).T @ start.coordinates / start.divisor - observed
         misfit = tolerance * jnp.sqrt(jnp.mean(difference**2, axis=1))
         noises = (
-            whitening(jnp.hypot(row_deviation(start, weights, along, 1), misfit)),
-            whitening(jnp.hypot(row_deviation(start, weights, across, rank - 1), misfit)),
+            whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
+            whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
         )
         flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
     normal = equations.normal
@@ -159,13 +182,13 @@ def fit_jointly(
     scaled = scaled + jnp.diag(jnp.where(jnp.diag(normal) > 0, 0.0, 1.0))  # An unused weight stays by itself.
     covariance = jnp.linalg.inv(scaled) / scale[:, None] / scale[None, :]
     variance = jnp.maximum(jnp.diag(covariance), 0.0)
-    coordinates, weights = unflatten(flat)
-    coordinate_deviation, _ = unflatten(jnp.sqrt(variance))
-    block = covariance[count * rank :, count * rank :].reshape(count, TARGETS, count, TARGETS)
+    coordinates, weights, value = unflatten(flat)
+    coordinate_deviation = unflatten(jnp.sqrt(variance)).coordinates
+    block = covariance[count * rank : -1, count * rank : -1].reshape(count, TARGETS, count, TARGETS)
     own = block[jnp.arange(count), :, jnp.arange(count), :]
     own = jnp.where(used[:, :, None] & used[:, None, :], own, 0.0)
     label_variance = jnp.einsum("btc,bts,bsc->bc", singled, own, singled)
-    unknowns = count * rank + jnp.sum(used)
+    unknowns = count * rank + jnp.sum(used) + is_free
     # The columns of G V sum to zero over classes, whatever the unknowns.
     freedom = (number_of_classes - 1) * rank + jnp.where(has_constant, count, 0) - unknowns
     misfit = jnp.sqrt(equations.loss / jnp.maximum(freedom, 1))
@@ -177,4 +200,6 @@ def fit_jointly(
         coordinates_deviation=excess * coordinate_deviation,
         label_deviation=excess * jnp.sqrt(jnp.maximum(label_variance, 0.0)),
         misfit=misfit,
+        divisor=value,
+        divisor_deviation=jnp.where(is_free, excess * jnp.sqrt(variance[-1]), 0.0),
     )

@@ -1,6 +1,6 @@
 """Where to start looking for the examples of a batch, and which classes each might single out.
 
-G = (1/B) N X^T with N = (g_1 ... g_B). The row of G at a class that only example b singles out is nearly -w/B times
+G = (1/D) N X^T with N = (g_1 ... g_B). The row of G at a class that only example b singles out is nearly -w/D times
 x_b, whatever the sign of the features. Two such rows of one example are nearly parallel, but so are all rows where
 features resemble each other; the rows of U are not: U = N times a B x B matrix that makes its columns orthonormal, and
 the columns of N nearly are, so that the rows of U cluster by example.
@@ -14,22 +14,23 @@ from softinv_jax.batches.component import TARGETS
 
 __all__ = ["propose"]
 
-ALL_PAIRS = 700
+ALL_PAIRS, FEW_PAIRS = 700, 100
 SPLITS = 3  # The strongest classes, and as many directions.
 SPLIT_SHARES = (-0.2, -0.05, 0.05, 0.2)  # How far apart two examples of one class may lie, relative to their size.
 
 
 def propose(
-    remainder: np.ndarray, remaining: int, batch_size: float, stretch: float, *, separately: bool
+    remainder: np.ndarray, remaining: int, divisor: float, stretch: float, *, separately: bool, thorough: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts from what the examples found so far leave of the gradient.
 
     Args:
       remainder: (C, B) the gradient in the coordinates of its row space, less the examples found.
       remaining: how many examples are still to be found.
-      batch_size: B. stretch: factor on the starts, for weights of less than 1.
+      divisor: D. stretch: factor on the starts, for weights of less than 1.
       separately: start a pair of classes from either row by itself, not from their sum: one may be shared with another
         example, or have p > y.
+      thorough: start from all pairs of classes up to ALL_PAIRS, or only to FEW_PAIRS; beyond, from those most alike.
 
     Returns:
       Starts (n, B), and the classes assumed to be singled out, (n, TARGETS), -1 for none.
@@ -42,13 +43,13 @@ def propose(
     direction = left[likely] / np.sqrt(np.maximum(leverage[likely], 1e-300))[:, None]
     pairs = list(itertools.combinations(range(count), 2))
     alike = np.array([direction[i] @ direction[j] for i, j in pairs])
-    order = np.argsort(-alike)[: len(pairs) if len(pairs) <= ALL_PAIRS else 4 * remaining]
+    order = np.argsort(-alike)[: len(pairs) if len(pairs) <= (ALL_PAIRS if thorough else FEW_PAIRS) else 4 * remaining]
     chosen: list[tuple[int, ...]] = [(likely[i],) for i in range(count)]
     chosen += [(likely[pairs[k][0]], likely[pairs[k][1]]) for k in order]
     # Two examples of one class: its row is the sum of both, and they differ along the other singular vectors.
     splits = []
     for k in likely[:SPLITS]:
-        half = -batch_size * remainder[k] / 2
+        half = -divisor * remainder[k] / 2
         for other in right[1 : min(remaining, SPLITS + 1)]:
             splits += [(k, half + share * np.linalg.norm(half) * other) for share in SPLIT_SHARES]
     rows = [(classes, [k]) for classes in chosen for k in classes]
@@ -58,7 +59,7 @@ def propose(
     starts = np.empty((len(rows), remainder.shape[1]))
     for row, (classes, added) in enumerate(rows):
         targets[row, : len(classes)] = classes
-        starts[row] = -batch_size * stretch * remainder[added].sum(axis=0)
+        starts[row] = -divisor * stretch * remainder[added].sum(axis=0)
     if splits:
         targets = np.concatenate([targets, [(k, *(-1,) * (TARGETS - 1)) for k, _ in splits]]).astype(np.int32)
         starts = np.concatenate([starts, [start for _, start in splits]])

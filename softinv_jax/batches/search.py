@@ -1,33 +1,35 @@
 """The search for the examples of a batch: rounds of starts, until all are found and explain the gradient together."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.batches.component import (
-    ITERATIONS,
-    TARGETS,
-    Component,
-    solve_components,
-    starting_weights,
-    strongest_residual,
+from softinv_jax.batches.candidates import (
+    cliques,
+    cost,
+    distinct,
+    in_pieces,
+    is_nontrivial,
+    is_plausible,
+    is_same,
+    overlaps,
+    solve,
+    split,
 )
+from softinv_jax.batches.component import TARGETS, Component, Divisor, strongest_residual
 from softinv_jax.batches.joint import JointFit, fit_jointly
 from softinv_jax.batches.proposals import propose
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["search_batch"]
+__all__ = ["NEARLY_DUAL", "search_batch"]
 
 # Rounds of search, each from what the examples found so far leave of the gradient: factor on the starts, and whether
 # pairs of classes start from either row (see `propose`).
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True), (1.5, False), (4.0, True), (0.6, False))
-PIECE = 64  # Starts solved at a time.
 LONG = 200  # Steps for those few that are worth it.
 POLISHING = 30  # Steps for what is nearly there already.
 LARGEST_ASSEMBLY = 6  # Examples put together from several solutions each,
@@ -43,13 +45,13 @@ LARGEST_JOINT = 6144
 
 
 def search_batch(
-    subspace: BatchSubspace, divisor: float, progress: Callable[[int, int], None], total: int
+    subspace: BatchSubspace, divisor: Divisor, progress: Callable[[int, int], None], total: int
 ) -> tuple[list[Component], JointFit | None]:
     """Find the examples of a batch.
 
     Args:
       subspace: of the batch.
-      divisor: what the sum of the outer products was divided by.
+      divisor: D.
       progress: called with (examples found, total).
       total: the batch size.
 
@@ -65,18 +67,18 @@ def search_batch(
     joint = None
     for stretch, separately in ROUNDS:
         remainder = _without(observed, found, np.asarray(subspace.singular_values))
-        starts, targets = propose(remainder, rank - len(found), divisor, stretch, separately=separately)
-        solved = _solve(subspace, starts, targets, divisor)
+        starts, targets = propose(remainder, rank - len(found), divisor.value, stretch, separately=separately)
+        solved = solve(subspace, starts, targets, divisor)
         found += _accepted(subspace, solved, found, rejected)
         progress(len(found), total)
         # The most promising of the rest: further steps; and one class more, where that explains what is left (one
         # shared with another example, or one of small weight).
-        pool += [one for one in _split(solved) if _plausible(one)]
+        pool += [one for one in split(solved) if is_plausible(one)]
         starts, targets, weights = _continued(subspace, solved, found)
         if len(found) < rank and len(starts):
-            solved = _solve(subspace, starts, targets, divisor, weights, LONG)
+            solved = solve(subspace, starts, targets, divisor, weights, LONG)
             found += _accepted(subspace, solved, found, rejected)
-            pool += [one for one in _split(solved) if _plausible(one)]
+            pool += [one for one in split(solved) if is_plausible(one)]
         found = _polish(subspace, found, divisor)
         progress(len(found), total)
         if len(found) == rank - 1:
@@ -100,7 +102,7 @@ def search_batch(
 
 
 def _assemble(
-    subspace: BatchSubspace, pool: list[Component], divisor: float
+    subspace: BatchSubspace, pool: list[Component], divisor: Divisor
 ) -> tuple[list[Component], JointFit] | None:
     """Where one example's equation has several solutions: a set of solutions that are dual to each other.
 
@@ -109,25 +111,18 @@ def _assemble(
     """
     values = np.asarray(subspace.singular_values)
     rank = values.size
-    distinct: list[Component] = []
-    for one in sorted(pool, key=_cost):
-        if len(distinct) < LARGEST_POOL and not any(
-            np.max(np.abs(one.label - other.label)) <= 1e-3 and _same(one, other, values) for other in distinct
-        ):
-            distinct.append(one)
-    if len(distinct) < max(rank - 1, 1):
+    solutions = distinct(pool, values, LARGEST_POOL)
+    if len(solutions) < max(rank - 1, 1):
         return None
-    coordinates = np.array([one.coordinates / values for one in distinct])
-    duals = np.array([one.dual for one in distinct])
-    overlap = np.abs(coordinates @ duals.T) / divisor
+    overlap = np.abs(overlaps(solutions, values) / divisor.value)
     dual = np.maximum(overlap, overlap.T) < NEARLY_DUAL
     for size in (rank, rank - 1):
         tried = 0
-        for chosen in _cliques(dual, size):
+        for chosen in cliques(dual, size):
             tried += 1
             if tried > ASSEMBLIES_TRIED:
                 break
-            members = [distinct[index] for index in chosen]
+            members = [solutions[index] for index in chosen]
             if size < rank:
                 completed = _complete(subspace, members, divisor) if members else None
                 if completed is not None:
@@ -139,20 +134,6 @@ def _assemble(
     return None
 
 
-def _cliques(joined: np.ndarray, size: int) -> Iterator[list[int]]:
-    """All sets of `size` indices that are joined pairwise, in order."""
-
-    def extend(chosen: list[int], candidates: list[int]) -> Iterator[list[int]]:
-        if len(chosen) == size:
-            yield chosen
-            return
-        for position, index in enumerate(candidates):
-            rest = [other for other in candidates[position + 1 :] if joined[index, other]]
-            yield from extend([*chosen, index], rest)
-
-    yield from extend([], list(range(len(joined))))
-
-
 def _without(observed: np.ndarray, found: list[Component], values: np.ndarray) -> np.ndarray:
     """(C, B) rows of the gradient less the examples found, and dual to them: free of the errors of their features."""
     if not found:
@@ -162,31 +143,27 @@ def _without(observed: np.ndarray, found: list[Component], values: np.ndarray) -
     return observed - (observed @ duals.T) @ np.linalg.solve(coordinates @ duals.T, coordinates)
 
 
-def _polish(subspace: BatchSubspace, found: list[Component], divisor: float) -> list[Component]:
+def _polish(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> list[Component]:
     """Further steps, with the deviations that weigh the equations known; without a second class if it can go."""
     if not found:
         return found
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
     fewer = np.stack([stacked.targets[:, 0], np.full(len(found), -1, np.int32)], axis=1)
     twice = [np.concatenate([leaf, leaf]) for leaf in (stacked.coordinates, 1 / stacked.deviation)]
-    solved = _solve(subspace, twice[0], np.concatenate([stacked.targets, fewer]), divisor, twice[1], POLISHING)
-    every = _split(solved)
+    solved = solve(subspace, twice[0], np.concatenate([stacked.targets, fewer]), divisor, twice[1], POLISHING)
+    every = split(solved)
     values = np.asarray(subspace.singular_values)
     polished: list[Component] = []
     for old, new, bare in zip(found, every[: len(found)], every[len(found) :], strict=True):
-        best = min([old] + [one for one in (new, bare) if _plausible(one)], key=_cost)
+        best = min([old] + [one for one in (new, bare) if is_plausible(one)], key=cost)
         # Two can turn out to be on their way to one and the same: the other is searched for again.
-        if not any(_same(best, other, values) for other in polished):
+        if not any(is_same(best, other, values) for other in polished):
             polished.append(best)
     return polished
 
 
-def _split(stacked: Component) -> list[Component]:
-    return [jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(len(stacked.misfit))]
-
-
 def _complete(
-    subspace: BatchSubspace, found: list[Component], divisor: float
+    subspace: BatchSubspace, found: list[Component], divisor: Divisor
 ) -> tuple[list[Component], JointFit] | None:
     """The last example: its two factors are known up to one scalar, as those of a single example's gradient are.
 
@@ -200,7 +177,7 @@ def _complete(
     product = (direction / values) @ dual
     if not np.isfinite(product) or product == 0:
         return None
-    dual = dual * divisor / product
+    dual = dual * divisor.value / product
     logits, gradient = np.asarray(subspace.directions) @ direction, left @ dual
     spread = max(float(np.ptp(logits)), 1e-300)
     magnitudes = np.geomspace(0.02, 500.0, SCAN) / spread
@@ -225,9 +202,9 @@ def _complete(
             strongest = order[index, :TARGETS]
             strongest = strongest[np.argsort(-label[index, strongest])]
             targets.append([*strongest[:count], *(-1,) * (TARGETS - count)])
-    solved = _split(_solve(subspace, np.array(starts), np.array(targets, np.int32), divisor, None, LAST_STEPS))
-    for one in sorted(filter(_nontrivial, solved), key=_cost)[:LAST_TRIED]:
-        if any(_same(one, other, values) for other in found):
+    solved = split(solve(subspace, np.array(starts), np.array(targets, np.int32), divisor, None, LAST_STEPS))
+    for one in sorted(filter(is_nontrivial, solved), key=cost)[:LAST_TRIED]:
+        if any(is_same(one, other, values) for other in found):
             continue
         joint = _joint(subspace, [*found, one], divisor)
         if joint is not None and _consistent(joint):
@@ -235,44 +212,13 @@ def _complete(
     return None
 
 
-def _solve(
-    subspace: BatchSubspace,
-    starts: np.ndarray,
-    targets: np.ndarray,
-    divisor: float,
-    weights: np.ndarray | None = None,
-    iterations: int = ITERATIONS,
-) -> Component:
-    """All starts; NumPy."""
-    chosen = targets.astype(np.int32)
-    if weights is None:
-        weights = _in_pieces(partial(starting_weights, subspace), starts, chosen)
-
-    def solve(*piece: jax.Array) -> Component:
-        return solve_components(subspace, *piece, divisor, iterations)
-
-    return _in_pieces(solve, starts, chosen, weights)
-
-
-def _in_pieces(function: Callable[..., Any], *inputs: Any) -> Any:
-    """A function of arrays with a common leading axis, PIECE entries at a time: one compiled program for any number."""
-    count = len(jax.tree.leaves(inputs)[0])
-    missing = -count % PIECE
-    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)]), inputs)
-    results = []
-    for first in range(0, count, PIECE):
-        piece = jax.tree.map(lambda leaf, first=first: jnp.asarray(leaf[first : first + PIECE]), padded)
-        results.append(function(*piece))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)
-
-
 def _continued(
     subspace: BatchSubspace, solved: Component, found: list[Component]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the search got to from the best starts, with the same classes and with one more or another one."""
     values = np.asarray(subspace.singular_values)
-    extra = _in_pieces(partial(strongest_residual, subspace), solved)
-    every = _split(solved)
+    extra = in_pieces(partial(strongest_residual, subspace), solved)
+    every = split(solved)
     starts: list[np.ndarray] = []
     targets: list[tuple[int, int]] = []
     weights: list[np.ndarray] = []
@@ -280,7 +226,7 @@ def _continued(
         if len(starts) >= 6 * (values.size - len(found)):
             break
         one = every[index]
-        if not _nontrivial(one) or any(_same(one, other, values) for other in found):
+        if not is_nontrivial(one) or any(is_same(one, other, values) for other in found):
             continue
         first, second = one.targets
         for last in (second, *extra[index]):
@@ -290,43 +236,8 @@ def _continued(
     return np.array(starts), np.array(targets, np.int32), np.array(weights)
 
 
-def _plausible(one: Component) -> bool:
-    """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
-    # The label's common level has errors of its own, which entries have in common.
-    reach = 2 * TOLERANCE * np.hypot(one.label_deviation, one.level_deviation)
-    # A single entry may miss by TOLERANCE deviations, and few may be no more than that one.
-    return bool(
-        np.isfinite(one.misfit)
-        and one.misfit <= max(TOLERANCE / 2, TOLERANCE / math.sqrt(one.freedom))
-        and one.decrement <= 1
-        and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
-        and abs(one.constant_error) <= 1e-6
-        and np.all(one.label >= -reach)
-        and np.all(one.label <= 1 + reach)
-    )
-
-
-def _nontrivial(one: Component) -> bool:
-    """Not on its way to a = 0 or to infinity, where the residual vanishes for any gradient and duality fails."""
-    return bool(np.isfinite(one.misfit) and abs(one.duality) <= 0.5)
-
-
 def _consistent(joint: JointFit) -> bool:
     return bool(joint.misfit <= TOLERANCE / 2)
-
-
-def _cost(one: Component) -> float:
-    """Chi^2 with a price on each class singled out: twice minus the logarithm of its chance among C classes."""
-    number_of_classes, rank = one.label.size, one.coordinates.size
-    singled = int(np.sum(one.targets >= 0))
-    freedom = max(number_of_classes - singled - 2 * rank, 1)
-    return float(one.misfit**2 * freedom + 2 * singled * math.log(10 * number_of_classes))
-
-
-def _same(first: Component, second: Component, values: np.ndarray) -> bool:
-    """Examples are dual to each other: x_i^T G^+ g_j is B for one and the same, and 0 for two."""
-    own = abs((first.coordinates / values) @ first.dual)
-    return bool(abs((first.coordinates / values) @ second.dual) > 0.5 * own)
 
 
 def _accepted(
@@ -334,7 +245,7 @@ def _accepted(
 ) -> list[Component]:
     """Plausible solutions, the likeliest first, each different from all others."""
     values = np.asarray(subspace.singular_values)
-    candidates = sorted((one for one in _split(solved) if _plausible(one)), key=_cost)
+    candidates = sorted((one for one in split(solved) if is_plausible(one)), key=cost)
     taken: list[Component] = []
     for one in candidates:
         if len(found) + len(taken) >= values.size:
@@ -343,12 +254,12 @@ def _accepted(
             np.max(np.abs(one.label - other.label)) <= TOLERANCE * np.max(one.label_deviation + other.label_deviation)
             for other in rejected
         )
-        if not again and not any(_same(one, other, values) for other in found + taken):
+        if not again and not any(is_same(one, other, values) for other in found + taken):
             taken.append(one)
     return taken
 
 
-def _joint(subspace: BatchSubspace, found: list[Component], divisor: float) -> JointFit | None:
+def _joint(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> JointFit | None:
     rank = subspace.singular_values.size
     if len(found) * (rank + TARGETS) > LARGEST_JOINT:
         return None

@@ -53,7 +53,7 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             found = recover_many(observation, thorough=True, unknown_scale=not known, **options)
             summary = recovery_summary(as_approximate(found) if arguments.local_steps > 1 else found)
         else:
-            batches = recover_many(observation, batch_size=size, **options)
+            batches = recover_many(observation, batch_size=size, unknown_scale=not known, **options)
             summary = batch_summary([as_approximate(one) if arguments.local_steps > 1 else one for one in batches])
     names = [Path(path).name for path in arguments.updated]
     rows = _single_rows(names, summary) if size == 1 else _batch_rows(names, summary)
@@ -87,8 +87,6 @@ def _check(arguments: argparse.Namespace) -> None:
     for option in _OF_A_SYSTEM:
         if getattr(arguments, option) not in (None, False):
             raise InputError(f"--{option.replace('_', '-')} is for a system to simulate; leave it out with --updated")
-    if arguments.batch_size != "1" and arguments.learning_rate is None:
-        raise InputError("--batch-size needs a known scale; give --learning-rate")
 
 
 def _batch_size(text: str) -> BatchSize:

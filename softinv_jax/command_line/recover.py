@@ -245,6 +245,7 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
                 observation,
                 batch_size=arguments.batch_size,
                 reduction=arguments.reduction,
+                unknown_scale=arguments.unknown_scale,
                 progress=lambda done, total: report(done, total, "recovering batches"),
             )
         except ValueError as error:
@@ -261,6 +262,7 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
         "features": observation.weight.shape[1],
         "batch_size": arguments.batch_size,
         "reduction": arguments.reduction,
+        "scale": "unknown" if arguments.unknown_scale else "known",
         "seconds": round(seconds, 3),
     }
     _show(arguments, context, summary, batch_table)
@@ -294,14 +296,12 @@ def _check_method(arguments: argparse.Namespace) -> None:
         raise InputError("--chunk is for OBSERVATION.npz; leave it out with --updated")
     if arguments.updated is not None and arguments.parameters is None:
         raise InputError("--updated needs --parameters, the model the clients were sent")
-    if arguments.updated is not None and arguments.batch_size != 1 and arguments.learning_rate is None:
-        raise InputError("--batch-size needs a known scale; give --learning-rate")
     if arguments.method == "variance" and arguments.label_format is None:
         raise InputError("--method variance must be told --label-format smoothing or mixup; or use --method exact")
     if arguments.method == "variance" and arguments.unknown_scale:
         raise InputError("--method variance needs a known scale; use --method exact with --unknown-scale")
-    if arguments.batch_size != 1 and (arguments.method != "exact" or arguments.unknown_scale):
-        raise InputError("--batch-size needs --method exact and a known scale (see --reduction)")
+    if arguments.batch_size != 1 and arguments.method != "exact":
+        raise InputError("--batch-size needs --method exact")
     if arguments.batch_size != 1 and arguments.chunk is not None:
         raise InputError("--chunk is for gradients of one example each; leave out --batch-size or --chunk")
     if arguments.batch_size == 1 and arguments.reduction != "mean":

@@ -87,7 +87,7 @@ def batch_arrays(recoveries: list[BatchRecovery]) -> dict[str, np.ndarray]:
         "surprise": stacked("surprise"),
         "label_deviation": stacked("label_deviation"),
         "singled_out": stacked("targets", -1),
-        "scale": np.ones(len(recoveries)),
+        "scale": np.array([one.scale for one in recoveries]),
         "rank": np.array([one.rank for one in recoveries]),
         "joint_misfit": np.array([one.joint_misfit for one in recoveries]),
     }

@@ -51,7 +51,7 @@ class UpdateAuditor:
         """Say how clients train and name their arrays.
 
         Args:
-          batch_size: examples behind each update, or `auto`; other than 1 it needs `learning_rate`.
+          batch_size: examples behind each update, or `auto`.
           head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
           names: of the arrays, in their order, where clients send a list: `list(model.state_dict())`.
           to_tree: makes a tree of layers of the arrays by name, such as a function that calls `linen_from_torch`;
@@ -61,10 +61,8 @@ class UpdateAuditor:
             recovered too, as `recovery.scale`.
 
         Raises:
-          ValueError: for an option out of range, or a batch size without `learning_rate`.
+          ValueError: for an option out of range.
         """
-        if batch_size != 1 and training.get("learning_rate") is None:
-            raise ValueError(f"batch_size = {batch_size!r} needs learning_rate: batches are recovered to scale")
         # Bad options fail now, and not in the first round.
         observe_update({"x": np.ones(1)}, {"x": np.ones(1)}, **training)
         self.audits: list[ClientAudit] = []

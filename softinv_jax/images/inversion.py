@@ -46,7 +46,7 @@ def invert(
       gradients: the same names, each array with a leading axis of N gradients; float32 or float64.
       image_shape: (H, W, channels).
       batch_size: B examples behind each gradient, which is their mean.
-      unknown_scale: the gradients carry an unknown factor (learning rate, sign); for batch_size 1 only.
+      unknown_scale: the gradients carry an unknown factor (learning rate, sign).
       heads: what `recover_many` made of the heads of the N gradients, if that has been done, for batch_size 1 only.
       progress: called with (gradients done, N).
 
@@ -59,8 +59,6 @@ def invert(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, not {batch_size}")
-    if unknown_scale and batch_size > 1:
-        raise ValueError("unknown_scale needs batch_size 1")
     counts = count_equations(chain, parameters, image_shape, batch_size)
     total = _check_gradients(chain, parameters, gradients)
     if heads is None:
@@ -199,7 +197,7 @@ def _recover_heads(
     """Labels (N, B, C), features (N, B, d) and verdicts (N, B) from the head's gradients."""
     if batch_size == 1:
         return _single(recover_many(observation, unknown_scale=unknown_scale))
-    recoveries = recover_many(observation, batch_size=batch_size)
+    recoveries = recover_many(observation, batch_size=batch_size, unknown_scale=unknown_scale)
     return (
         np.stack([one.label for one in recoveries]),
         np.stack([one.feature for one in recoveries]),

@@ -119,6 +119,7 @@ def batch_summary(recoveries: list[BatchRecovery]) -> dict[str, Any]:
             {
                 "index": index,
                 "rank": one.rank,
+                "scale": _numbers(one.scale),
                 "residual": _numbers(one.residual),
                 "joint_misfit": _numbers(one.joint_misfit),
                 "examples": [

@@ -112,6 +112,38 @@ def test_sum_in_place_of_mean() -> None:
     assert matched(recovered(summed, 4, reduction="sum"), batch)[0].max() < 1e-5
 
 
+@pytest.mark.parametrize("factor", [0.003, -40.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_unknown_scale(factor: float, bias: bool) -> None:
+    batch = draw_batch(MIXED[:4], 12, bias=bias)
+    given = {"weight_gradient": batch.weight_gradient * np.float32(factor)}
+    if batch.bias_gradient is not None:
+        given["bias_gradient"] = batch.bias_gradient * np.float32(factor)
+    found = recovered(batch._replace(**given), 4, unknown_scale=True)
+    label_error, feature_error = matched(found, batch)
+    assert found.verdict.tolist() == [Verdict.UNIQUE] * 4
+    assert label_error.max() < 1e-5
+    assert feature_error.max() < 1e-3
+    assert found.joint_misfit < 2
+    assert abs(found.scale - factor) < 1e-5 * abs(factor) + 6 * found.scale_deviation
+
+
+def test_unknown_scale_with_as_many_equations_as_unknowns() -> None:
+    """Nothing, or what is right; and where labels are dense, nothing."""
+    batch = draw_batch(["hard", "smoothing", "mixup"], 13, classes=10)
+    found = recovered(batch, 3, unknown_scale=True)
+    told = np.isfinite(found.label).all(axis=1)
+    assert np.all(matched(found, batch)[0][told] < 1e-4)
+    assert not told.any() or abs(found.scale - 1) < 1e-4
+    dense = np.random.default_rng(0).dirichlet(np.ones(10), 3)
+    prediction = np.asarray(jax.nn.softmax(batch.features @ batch.weight.T, axis=1))
+    gradient = ((prediction - dense).T @ batch.features / 3).astype(np.float32)
+    nothing = recovered(batch._replace(weight_gradient=gradient), 3, unknown_scale=True)
+    assert nothing.verdict.tolist() == [Verdict.NOT_FOUND] * 3
+    assert np.isnan(nothing.scale)
+    assert np.all(np.isnan(nothing.label))
+
+
 def test_repeated_classes() -> None:
     batch = draw_batch(["smoothing"] * 4, 7)
     labels = batch.labels.copy()
@@ -187,6 +219,8 @@ def test_zero_gradient() -> None:
     found = recovered(batch._replace(weight_gradient=np.zeros_like(batch.weight_gradient)), 3)
     assert found.verdict.tolist() == [Verdict.NO_SIGNAL] * 3
     assert np.all(np.isnan(found.label))
+    unscaled = recovered(batch._replace(weight_gradient=np.zeros_like(batch.weight_gradient)), 3, unknown_scale=True)
+    assert unscaled.verdict.tolist() == [Verdict.NO_SIGNAL] * 3
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "many", True, CLASSES, FEATURES + 1])

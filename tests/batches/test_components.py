@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softinv_jax.batches.component import ITERATIONS, solve_components, starting_weights, strongest_residual
+from softinv_jax.batches.component import ITERATIONS, Divisor, solve_components, starting_weights, strongest_residual
 from softinv_jax.batches.joint import fit_jointly
 from softinv_jax.batches.subspace import BatchSubspace, batch_subspace, numerical_rank
 
@@ -50,7 +50,7 @@ def test_truth_solves_the_equation() -> None:
     start = features @ np.asarray(subspace.right)
     targets = np.array([[3 * k, -1] for k in range(SIZE)], np.int32)
     weights = starting_weights(subspace, jnp.asarray(start), jnp.asarray(targets))
-    found = solve_components(subspace, jnp.asarray(start), jnp.asarray(targets), weights, float(SIZE), 0)
+    found = solve_components(subspace, jnp.asarray(start), jnp.asarray(targets), weights, Divisor(SIZE), 0)
     np.testing.assert_allclose(found.coordinates, start, rtol=1e-6)
     np.testing.assert_allclose(found.label, labels, atol=1e-8)
     np.testing.assert_allclose(found.dual @ subspace.left.T, prediction - labels, atol=1e-8)
@@ -65,7 +65,7 @@ def test_elimination_is_weighted_least_squares() -> None:
     point = features[0] @ np.asarray(subspace.right) * 1.2
     targets = np.array([[0, 7]], np.int32)
     own = jnp.asarray(rng.uniform(0.5, 2, (1, CLASSES)) / np.asarray(subspace.noise))
-    found = solve_components(subspace, jnp.asarray(point[None]), jnp.asarray(targets), own, float(SIZE), 0)
+    found = solve_components(subspace, jnp.asarray(point[None]), jnp.asarray(targets), own, Divisor(SIZE), 0)
     clean = np.setdiff1d(np.arange(CLASSES), targets)
     logits = np.asarray(subspace.directions) @ point
     prediction = np.exp(logits - logits.max())
@@ -91,7 +91,7 @@ def test_strongest_residual_names_the_missing_class() -> None:
     subspace = subspace_of(weight, gradient)
     start = jnp.asarray((features[0] @ np.asarray(subspace.right))[None])
     weights = 1 / subspace.noise[None]
-    found = solve_components(subspace, start, jnp.asarray([[0, -1]], jnp.int32), weights, float(SIZE), 0)
+    found = solve_components(subspace, start, jnp.asarray([[0, -1]], jnp.int32), weights, Divisor(SIZE), 0)
     assert 20 in np.asarray(strongest_residual(subspace, found))[0]
 
 
@@ -104,12 +104,12 @@ def test_deviations_cover_the_errors() -> None:
         start = jnp.asarray(features @ np.asarray(subspace.right))
         targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
         weights = jnp.ones((SIZE, CLASSES))
-        rough = solve_components(subspace, start, targets, weights, float(SIZE), ITERATIONS)
-        found = solve_components(subspace, rough.coordinates, targets, 1 / rough.deviation, float(SIZE), ITERATIONS)
+        rough = solve_components(subspace, start, targets, weights, Divisor(SIZE), ITERATIONS)
+        found = solve_components(subspace, rough.coordinates, targets, 1 / rough.deviation, Divisor(SIZE), ITERATIONS)
         index = np.arange(SIZE), 3 * np.arange(SIZE)
         single.append((np.asarray(found.label) - labels)[index] / np.asarray(found.label_deviation)[index])
         excess = jnp.stack([found.label[index] - found.level, jnp.zeros(SIZE)], axis=1)
-        joint = fit_jointly(subspace, found.coordinates, excess, targets, float(SIZE))
+        joint = fit_jointly(subspace, found.coordinates, excess, targets, Divisor(SIZE))
         together.append((np.asarray(joint.label) - labels)[index] / np.asarray(joint.label_deviation)[index])
         assert 0.6 < joint.misfit < 1.4
     assert 0.4 < np.sqrt(np.mean(np.square(single))) < 1.6
@@ -125,7 +125,7 @@ def test_duality_deviation_is_what_noise_makes_of_duality() -> None:
         start = jnp.asarray(features @ np.asarray(subspace.right))
         targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
         weights = starting_weights(subspace, start, targets)
-        found = solve_components(subspace, start, targets, weights, float(SIZE), 0)
+        found = solve_components(subspace, start, targets, weights, Divisor(SIZE), 0)
         standardised.append(np.asarray(found.duality / found.duality_deviation))
     assert 0.3 < np.sqrt(np.mean(np.square(standardised))) < 1.6
 
@@ -153,8 +153,8 @@ def test_joint_fit_finds_back_to_the_truth() -> None:
     subspace = subspace_of(weight, gradient)
     start = jnp.asarray(features @ np.asarray(subspace.right))
     targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
-    exact = fit_jointly(subspace, start, jnp.full((SIZE, 2), 0.8), targets, float(SIZE))
-    moved = fit_jointly(subspace, 1.02 * start, jnp.full((SIZE, 2), 0.7), targets, float(SIZE))
+    exact = fit_jointly(subspace, start, jnp.full((SIZE, 2), 0.8), targets, Divisor(SIZE))
+    moved = fit_jointly(subspace, 1.02 * start, jnp.full((SIZE, 2), 0.7), targets, Divisor(SIZE))
     np.testing.assert_allclose(moved.label, exact.label, atol=1e-7)
     np.testing.assert_allclose(exact.label, labels, atol=1e-5)
 
@@ -197,6 +197,6 @@ def test_joint_fit_expects_the_rounding_of_a_float32_client(seed: int, ordered: 
     start = jnp.asarray(feature.astype(np.float64) @ np.asarray(subspace.right))
     targets = jnp.asarray([[3, -1], [7, -1]], jnp.int32)
     weights = jnp.asarray(np.stack([1 - strength, np.zeros(size)], axis=1))
-    fit = fit_jointly(subspace, start, weights, targets, float(size))
+    fit = fit_jointly(subspace, start, weights, targets, Divisor(size))
     assert 0.2 < float(fit.misfit) < 2
     np.testing.assert_allclose(fit.label, labels, atol=1e-5)

@@ -310,9 +310,14 @@ def test_batches(tmp_path, capsys) -> None:
             assert out["verdict"].tolist() == [["unique"] * 3] * 2
             found = out["labels"][np.arange(2)[:, None], np.argsort(out["labels"].argmax(axis=2), axis=1)]
             np.testing.assert_allclose(found, labels, atol=1e-5)
-    code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--batch-size", "3")
+    rescaled = gradient * np.float32([2.5, 0.01])[:, None, None]
+    seen = save(tmp_path / "seen.npz", {"weight": weight, "weight_gradient": rescaled})
+    out = tmp_path / "out.npz"
+    code, text, errors = run(capsys, "recover", seen, "--out", out, "--batch-size", "3", "--unknown-scale")
     assert code == 0
     assert "6 unique" in text
+    with np.load(out) as found_again:
+        np.testing.assert_allclose(found_again["scale"], [2.5, 0.01], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +325,6 @@ def test_batches(tmp_path, capsys) -> None:
     [
         (("--batch-size", "0"), "neither a positive integer nor auto"),
         (("--batch-size", "10"), "number of classes"),
-        (("--batch-size", "2", "--unknown-scale"), "known scale"),
         (("--batch-size", "2", "--method", "idlg"), "--method exact"),
         (("--batch-size", "2", "--chunk", "3"), "leave out --batch-size or --chunk"),
     ],

@@ -75,10 +75,6 @@ BAD_OPTIONS = {
     "no parameters": (["recover", "--updated", "AFTER", "--out", "OUT"], "--updated needs --parameters"),
     "no update": (["recover", "BEFORE", "--parameters", "BEFORE", "--out", "OUT"], "go with --updated"),
     "rate without update": (["recover", "BEFORE", "--learning-rate", "1", "--out", "OUT"], "give --updated with it"),
-    "batch of unknown rate": (
-        ["recover", "--parameters", "BEFORE", "--updated", "AFTER", "--batch-size", "2", "--out", "OUT"],
-        "give --learning-rate",
-    ),
     "variance of unknown rate": (
         [*("recover", "--parameters", "BEFORE", "--updated", "AFTER", "--out", "OUT"), *TOLD_VARIANCE],
         "needs a known scale",

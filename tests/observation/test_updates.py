@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softinv_jax import ObservedUpdate, observe_update, observe_update_head, recover_update
+from softinv_jax import ObservedUpdate, Verdict, observe_update, observe_update_head, recover_update
 
 CLASSES, FEATURES = 6, 16
 RNG = np.random.default_rng(0)
@@ -222,3 +222,23 @@ def test_noise_on_the_bias_moves_the_length_of_the_feature(draw: Callable, asser
         rounding = jax.tree.map(lambda leaf: np.full(leaf.shape, 1e-12), gradient)
         found = recover_update(ObservedUpdate(parameters, gradient, rounding, True, True, ""))
         assert_honest(found, sample.label)
+
+
+def test_batch_behind_an_update_of_unknown_rate() -> None:
+    """One float32 step of a head from the mean loss of two examples: labels to the noise of rounding, and the rate."""
+    rng = np.random.default_rng(3)
+    weight = rng.uniform(-0.5, 0.5, (30, 64)).astype(np.float32)
+    features = rng.uniform(0, 1, (2, 64))
+    labels = np.full((2, 30), 0.2 / 30)
+    labels[[0, 1], [4, 17]] += 0.8
+    powers = np.exp(features @ weight.T.astype(np.float64))
+    error = powers / powers.sum(axis=1, keepdims=True) - labels
+    after = (weight - 0.3 * error.T @ features / 2).astype(np.float32)
+    update = observe_update({"head": {"weight": weight}}, {"head": {"weight": after}})
+    found = recover_update(update, batch_size=2)
+    assert np.all(found.verdict == Verdict.UNIQUE)
+    order = np.argsort(found.label.argmax(axis=1))
+    deviation = found.label_deviation[order].max(axis=1, keepdims=True)
+    assert np.all(np.abs(found.label[order] - labels) < 6 * deviation + 1e-6)
+    assert deviation.max() < 1e-3
+    assert abs(found.scale - 0.3) < 6 * found.scale_deviation

@@ -1,0 +1,136 @@
+"""Solutions of one example's equation: whether each is one at all, how likely it is, which of them go together."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.batches.component import (
+    ITERATIONS,
+    Component,
+    Divisor,
+    solve_components,
+    starting_weights,
+)
+from softinv_jax.batches.subspace import BatchSubspace
+from softinv_jax.labels.scalar_equation import TOLERANCE
+
+__all__ = [
+    "cliques",
+    "cost",
+    "distinct",
+    "in_pieces",
+    "is_nontrivial",
+    "is_plausible",
+    "is_same",
+    "overlaps",
+    "solve",
+    "split",
+]
+
+PIECE = 64  # Starts solved at a time.
+
+
+def solve(
+    subspace: BatchSubspace,
+    starts: np.ndarray,
+    targets: np.ndarray,
+    divisor: Divisor,
+    weights: np.ndarray | None = None,
+    iterations: int = ITERATIONS,
+) -> Component:
+    """All starts; NumPy."""
+    chosen = targets.astype(np.int32)
+    if weights is None:
+        weights = in_pieces(partial(starting_weights, subspace), starts, chosen)
+
+    def solve_piece(*piece: jax.Array) -> Component:
+        return solve_components(subspace, *piece, divisor, iterations)
+
+    return in_pieces(solve_piece, starts, chosen, weights)
+
+
+def in_pieces(function: Callable[..., Any], *inputs: Any) -> Any:
+    """A function of arrays with a common leading axis, PIECE entries at a time: one compiled program for any number."""
+    count = len(jax.tree.leaves(inputs)[0])
+    missing = -count % PIECE
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)]), inputs)
+    results = []
+    for first in range(0, count, PIECE):
+        piece = jax.tree.map(lambda leaf, first=first: jnp.asarray(leaf[first : first + PIECE]), padded)
+        results.append(function(*piece))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)
+
+
+def split(stacked: Component) -> list[Component]:
+    """One by one, along the leading axis."""
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(len(stacked.misfit))]
+
+
+def is_plausible(one: Component) -> bool:
+    """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
+    # The label's common level has errors of its own, which entries have in common.
+    reach = 2 * TOLERANCE * np.hypot(one.label_deviation, one.level_deviation)
+    # A single entry may miss by TOLERANCE deviations, and few may be no more than that one.
+    return bool(
+        np.isfinite(one.misfit)
+        and one.misfit <= max(TOLERANCE / 2, TOLERANCE / math.sqrt(one.freedom))
+        and one.decrement <= 1
+        and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
+        and abs(one.constant_error) <= 1e-6
+        and np.all(one.label >= -reach)
+        and np.all(one.label <= 1 + reach)
+    )
+
+
+def is_nontrivial(one: Component) -> bool:
+    """Not on its way to a = 0 or to infinity, where the residual vanishes for any gradient and duality fails."""
+    return bool(np.isfinite(one.misfit) and abs(one.duality) <= 0.5)
+
+
+def cost(one: Component) -> float:
+    """Chi^2 with a price on each class singled out: twice minus the logarithm of its chance among C classes."""
+    number_of_classes, rank = one.label.size, one.coordinates.size
+    singled = int(np.sum(one.targets >= 0))
+    freedom = max(number_of_classes - singled - 2 * rank, 1)
+    return float(one.misfit**2 * freedom + 2 * singled * math.log(10 * number_of_classes))
+
+
+def is_same(first: Component, second: Component, values: np.ndarray) -> bool:
+    """Examples are dual to each other: x_i^T G^+ g_j is D for one and the same, and 0 for two."""
+    own = abs((first.coordinates / values) @ first.dual)
+    return bool(abs((first.coordinates / values) @ second.dual) > 0.5 * own)
+
+
+def distinct(pool: list[Component], values: np.ndarray, most: int) -> list[Component]:
+    """The likeliest, each once."""
+    kept: list[Component] = []
+    for one in sorted(pool, key=cost):
+        if len(kept) < most and not any(
+            np.max(np.abs(one.label - other.label)) <= 1e-3 and is_same(one, other, values) for other in kept
+        ):
+            kept.append(one)
+    return kept
+
+
+def overlaps(pool: list[Component], values: np.ndarray) -> np.ndarray:
+    """(n, n) x_i^T G^+ g_j."""
+    return np.array([one.coordinates / values for one in pool]) @ np.array([one.dual for one in pool]).T
+
+
+def cliques(joined: np.ndarray, size: int) -> Iterator[list[int]]:
+    """All sets of `size` indices that are joined pairwise, in order."""
+
+    def extend(chosen: list[int], candidates: list[int]) -> Iterator[list[int]]:
+        if len(chosen) == size:
+            yield chosen
+            return
+        for position, index in enumerate(candidates):
+            rest = [other for other in candidates[position + 1 :] if joined[index, other]]
+            yield from extend([*chosen, index], rest)
+
+    yield from extend([], list(range(len(joined))))
