@@ -63,10 +63,16 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     )
     parser.add_argument("--channels", type=int, default=3, help="of the images (3)")
     parser.add_argument(
-        "--unknown-scale", action="store_true", help="the gradients carry an unknown factor; for B = 1 and exact"
+        "--unknown-scale", action="store_true", help="the gradients carry an unknown factor; for exact only"
     )
     parser.add_argument("--steps", type=int, default=4800, metavar="N", help="of matching (4800)")
     parser.add_argument("--restarts", type=int, default=1, metavar="N", help="of matching, from other noise (1)")
+    parser.add_argument(
+        "--refine",
+        type=int,
+        metavar="N",
+        help="polish the images by up to N steps of second order; for networks without ReLU, 1 to 3 s a step",
+    )
     parser.add_argument("--figure", metavar="FILE.png", help="draw the images")
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
     parser.add_argument("--rename", nargs="+", default=[], metavar="OLD=NEW", help="names of layers in --updated")
@@ -111,6 +117,8 @@ def run(arguments: argparse.Namespace) -> None:
     with progress_report() as report:
         try:
             method, result = _recover(arguments, model, parameters, statistics, gradients, shape, report, updates)
+            if arguments.refine is not None:
+                result = _refine(arguments.refine, model, parameters, statistics, gradients, result, report)
         except ValueError as error:
             raise InputError(str(error)) from error
     seconds = time.perf_counter() - start
@@ -141,7 +149,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise InputError("--rename is for --updated")
     if not all(old and new for old, _, new in _renamed(arguments)):
         raise InputError(f"--rename {' '.join(arguments.rename)}: give OLD=NEW, such as body.0=conv1")
-    for option in ("batch_size", "channels", "steps", "restarts", "image_size"):
+    for option in ("batch_size", "channels", "steps", "restarts", "image_size", "refine"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise InputError(f"--{option.replace('_', '-')} {value}: give 1 or more")
@@ -174,6 +182,8 @@ def _recover(
     from softinv_jax.images.inversion import invert, match  # noqa: PLC0415
 
     unknown_scale = arguments.unknown_scale or (updates is not None and not updates[0].scale_known)
+    if unknown_scale and arguments.refine is not None:
+        raise ValueError("--refine compares gradients with their scale; leave it out, or divide by the factor")
     if model.chain is not None and arguments.method != "matching":
         counts = count_equations(model.chain, parameters, shape, arguments.batch_size)
         if arguments.method == "exact" or all(count.determined for count in counts):
@@ -198,16 +208,10 @@ def _recover(
             return "exact", result
     if unknown_scale:
         raise ValueError("--unknown-scale needs --method exact: matching compares gradients with their scale")
-    from softinv_jax.client.networks import apply_function  # noqa: PLC0415
     from softinv_jax.images.objective import MatchingSettings  # noqa: PLC0415
 
-    head = parameters.get("head", {})
-    kernel = head.get("kernel") if isinstance(head, dict) else None
-    if not isinstance(kernel, np.ndarray) or kernel.ndim != 2:
-        raise ValueError("the parameters have no head/kernel (d, C)")
-    network = model.network(kernel.shape[1], head_bias="bias" in head)
     result = match(
-        apply_function(network, statistics),
+        _apply_function(model, parameters, statistics),
         parameters,
         gradients,
         shape,
@@ -217,6 +221,38 @@ def _recover(
         progress=lambda done, total: report(done, total, "matching gradients"),
     )
     return "matching", result
+
+
+def _apply_function(model: "Model", parameters: "Tree", statistics: "Tree") -> Any:
+    from softinv_jax.client.networks import apply_function  # noqa: PLC0415
+
+    head = parameters.get("head", {})
+    kernel = head.get("kernel") if isinstance(head, dict) else None
+    if not isinstance(kernel, np.ndarray) or kernel.ndim != 2:
+        raise ValueError("the parameters have no head/kernel (d, C)")
+    return apply_function(model.network(kernel.shape[1], head_bias="bias" in head), statistics)
+
+
+def _refine(
+    steps: int,
+    model: "Model",
+    parameters: "Tree",
+    statistics: "Tree",
+    gradients: "Tree",
+    result: "ImageRecovery",
+    report: Report,
+) -> "ImageRecovery":
+    from softinv_jax.images.refinement import refine  # noqa: PLC0415
+
+    report(0, len(result.images), "refining")
+    return refine(
+        _apply_function(model, parameters, statistics),
+        parameters,
+        gradients,
+        result,
+        steps=steps,
+        progress=lambda done, total: report(done, total, "refining"),
+    )
 
 
 def _arrays(result: "ImageRecovery") -> dict[str, np.ndarray]:
@@ -253,6 +289,7 @@ def _summary(
         "update": statement,
         "out": arguments.out,
         "method": method,
+        "refining_steps": arguments.refine,
         "batch_size": arguments.batch_size,
         "images": len(arrays["images"]),
         "verdicts": {name: int(np.sum(arrays["verdict"] == name)) for name in names},

@@ -1,6 +1,7 @@
 """A second-order polish of an image: nonlinear least squares on the equations gradient(image) = observed gradient."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,9 @@ from softinv_jax.float64 import in_float64
 from softinv_jax.images.distances import norm
 from softinv_jax.images.matching_input import check_gradients, checked_array, output_shape
 from softinv_jax.images.objective import ApplyFunction, mean_loss_gradient
+from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
 
-__all__ = ["Refinement", "refine_image"]
+__all__ = ["Refinement", "refine", "refine_image"]
 
 # The first step is damped by this share of the mean squared column of the Jacobian (Marquardt's choice of scale).
 FIRST_DAMPING = 1e-3
@@ -41,7 +43,8 @@ class Refinement:
       image: like the image given. label: like the label given.
       misfit: () root mean square of (gradient of the image - observed) over the rounding noise of its layer; about 1 or
         less where the image explains the gradient to its last digit. start_misfit: () of the image given.
-      gradient_residual: () |gradient of the image - observed| / |observed|.
+      gradient_residual: () |gradient of the image - observed| / |observed|. largest_residual: () the largest of that
+        over the parameters.
       steps: () int32, trial steps taken.
       converged: () whether a step no longer changed the image or the misfit by more than `tolerance`.
     """
@@ -51,8 +54,57 @@ class Refinement:
     misfit: jax.Array
     start_misfit: jax.Array
     gradient_residual: jax.Array
+    largest_residual: jax.Array
     steps: jax.Array
     converged: jax.Array
+
+
+def refine(
+    apply_fn: ApplyFunction,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    recovery: ImageRecovery,
+    *,
+    steps: int = 20,
+    inner_steps: int = 500,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageRecovery:
+    """Polish the images of `inversion.invert` or `inversion.match`, one gradient after the other, with their labels.
+
+    An image is replaced where the new one explains the gradient better. What was inconsistent is then approximate if it
+    explains it to half of the digits; nothing becomes exact, as the expected error stays that of the images given.
+
+    Args:
+      apply_fn, parameters: the model, as for `refine_image`.
+      gradients: the parameters' names, each array with a leading axis of N gradients.
+      recovery: of these. Images with NaN, and those `undetermined`, stay as they are.
+      steps, inner_steps: see `refine_image`.
+      progress: called with (gradients done, N).
+
+    Returns:
+      An `ImageRecovery`.
+
+    Raises:
+      ValueError: as `refine_image`.
+    """
+    images, verdict, residual = recovery.images.copy(), recovery.verdict.copy(), recovery.residual.copy()
+    total, examples = verdict.shape
+    for index in range(total):
+        if np.all(np.isfinite(images[index])) and np.all(verdict[index] != ImageVerdict.UNDETERMINED):
+            gradient = jax.tree.map(lambda leaf, index=index: leaf[index], gradients)
+            start, label = images[index], recovery.labels[index]
+            if examples == 1:
+                start, label = start[0], label[0]
+            found = refine_image(apply_fn, parameters, gradient, start, label, steps=steps, inner_steps=inner_steps)
+            if found.misfit < found.start_misfit:
+                images[index] = np.asarray(found.image).reshape(images[index].shape)
+                residual[index] = float(found.largest_residual)
+                agrees = residual[index] <= np.sqrt(np.finfo(recovery.labels.dtype).eps)
+                mended = agrees & (verdict[index] == ImageVerdict.INCONSISTENT)
+                verdict[index] = np.where(mended, ImageVerdict.APPROXIMATE, verdict[index])
+        if progress is not None:
+            progress(index + 1, total)
+    return replace(recovery, images=images, verdict=verdict, residual=residual)
 
 
 def refine_image(
@@ -178,6 +230,14 @@ def _solve(
         misfit=norm(final) / np.sqrt(count),
         start_misfit=norm(start_residual) / np.sqrt(count),
         gradient_residual=norm(difference) / norm(gradient),
+        largest_residual=jnp.max(
+            jnp.stack(
+                [
+                    jnp.where(norm(other) > 0, norm(one) / jnp.maximum(norm(other), least), 0.0)
+                    for one, other in zip(jax.tree.leaves(difference), jax.tree.leaves(gradient), strict=True)
+                ]
+            )
+        ),
         steps=solution.stats["num_steps"].astype(jnp.int32),
         converged=solution.result == optimistix.RESULTS.successful,
     )

@@ -41,7 +41,8 @@ class ImageRecovery:
       verdict: (N, B) int32, an `ImageVerdict`.
       residual: (N,) relative distance between the gradient of the images and the one observed, the largest over the
         parameters; NaN where not all examples were found.
-      expected_error: (N, B) root mean square over the image's entries that the gradient's rounding leads one to expect.
+      expected_error: (N, B) root mean square over the image's entries that the gradient's rounding leads one to expect;
+        of the layer-by-layer inversion, before any refinement.
       condition: (N, L) of each layer's equations, in the order of `layers`, scaled to columns of length one; as far as
         the solver met it. misfit: (N, L) root mean square residual of each layer in standard deviations.
       layers: names, from the last before the head to the first.

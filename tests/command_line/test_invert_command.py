@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from softinv_jax.client import (
 )
 from softinv_jax.command_line import invert
 from softinv_jax.command_line.main import main
+from softinv_jax.images import refinement
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio
 
 COUNT = 2
@@ -78,6 +81,22 @@ def test_matching_runs_and_is_honest(files: dict, tmp_path: Path) -> None:
         assert np.all(found["residual"] > 1e-2)
 
 
+def test_refinement_is_asked_for_and_written(files: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The polish itself, which takes long to compile, is tested beside its own code."""
+    asked: list[int] = []
+
+    def polished(_: object, __: object, ___: object, recovery: Any, *, steps: int, progress: object) -> Any:
+        asked.append(steps)
+        return replace(recovery, residual=np.full_like(recovery.residual, 1e-9))
+
+    monkeypatch.setattr(refinement, "refine", polished)
+    out = tmp_path / "images.npz"
+    assert main(command(files, out, "--method", "exact", "--refine", "7")) == 0
+    assert asked == [7]
+    with np.load(out) as found:
+        assert np.all(found["residual"] == 1e-9)
+
+
 def test_names_of_models() -> None:
     assert set(invert.MODEL_NAMES) == set(MODELS)
 
@@ -124,6 +143,8 @@ def test_bad_input(
         (["--image-size", "40", "--method", "exact"], "head"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--method", "matching", "--unknown-scale"], "--unknown-scale"),
+        (["--refine", "0"], "--refine 0"),
+        (["--refine", "2", "--unknown-scale"], "--refine"),
         (["--figure", "no/such/folder/x.png"], "folder"),
     ],
 )

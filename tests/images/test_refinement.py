@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from small_client import SHAPE, Client, apply_fn, gradient_of, make_client
 
-from softinv_jax.images.refinement import Refinement, refine_image
+from softinv_jax.images.refinement import Refinement, refine, refine_image
+from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def client_data() -> Client:
     return make_client()
 
 
-def refine(client: Client, image: np.ndarray, **options: Any) -> Refinement:
+def polished(client: Client, image: np.ndarray, **options: Any) -> Refinement:
     gradient = jax.tree.map(lambda leaf: leaf[0], client.gradients)
     return refine_image(apply_fn, client.parameters, gradient, image, options.pop("label", client.labels[0]), **options)
 
@@ -26,7 +27,7 @@ def noise(seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_from_noise_to_the_last_digit(client_data: Client, seed: int) -> None:
-    found = refine(client_data, noise(seed))
+    found = polished(client_data, noise(seed))
     assert found.converged
     assert found.misfit < 3
     assert found.start_misfit > 1e4
@@ -55,13 +56,13 @@ def test_agrees_with_scipy(client_data: Client) -> None:
         jacobian = jax.jit(jax.jacfwd(residual))
         truth = least_squares(residual, start.ravel().astype(np.float64), jacobian, xtol=1e-12, ftol=1e-12)
         misfit = np.sqrt(np.mean(residual(truth.x) ** 2))
-    found = refine(client_data, start)
+    found = polished(client_data, start)
     np.testing.assert_allclose(found.misfit, misfit, rtol=0.05)
     np.testing.assert_allclose(found.image.ravel(), truth.x, atol=1e-3)
 
 
 def test_the_label_is_solved_for(client_data: Client) -> None:
-    found = refine(client_data, noise(0), label=np.full(5, 0.2, np.float32), optimise_label=True)
+    found = polished(client_data, noise(0), label=np.full(5, 0.2, np.float32), optimise_label=True)
     np.testing.assert_allclose(found.label, client_data.labels[0], atol=1e-3)
     np.testing.assert_allclose(found.image, client_data.images[0], atol=5e-3)
 
@@ -87,10 +88,40 @@ def test_a_batch_improves(client_data: Client) -> None:
 def test_input_that_is_refused(client_data: Client, options: dict, message: str) -> None:
     given = {"image": np.zeros(SHAPE, np.float32)} | options
     with pytest.raises(ValueError, match=message):
-        refine(client_data, **given)
+        polished(client_data, **given)
 
 
 def test_a_gradient_of_zeros_is_refused(client_data: Client) -> None:
     gradient = jax.tree.map(lambda leaf: np.zeros_like(leaf[0]), client_data.gradients)
     with pytest.raises(ValueError, match="zero everywhere"):
         refine_image(apply_fn, client_data.parameters, gradient, np.zeros(SHAPE), client_data.labels[0])
+
+
+def test_recoveries_are_polished_and_what_is_not_found_stays(client_data: Client) -> None:
+    """Three gradients: one image that is off, one that is not there, one of many."""
+    images = (client_data.images + 0.05 * noise(1))[:, None].astype(np.float32)
+    images[1] = np.nan
+    verdict = np.array([[ImageVerdict.INCONSISTENT], [ImageVerdict.NOT_FOUND], [ImageVerdict.UNDETERMINED]], np.int32)
+    empty = np.empty((3, 0))
+    given = ImageRecovery(
+        images=images,
+        labels=client_data.labels[:, None],
+        features=client_data.features[:, None],
+        label_verdict=np.full((3, 1), 3, np.int32),
+        verdict=verdict,
+        residual=np.array([0.1, np.nan, 0.1]),
+        expected_error=np.full((3, 1), 0.05),
+        condition=empty,
+        misfit=empty,
+        layers=(),
+    )
+    done: list[tuple[int, int]] = []
+    found = refine(
+        apply_fn, client_data.parameters, client_data.gradients, given, progress=lambda *state: done.append(state)
+    )
+    np.testing.assert_allclose(found.images[0, 0], client_data.images[0], atol=2e-3)
+    assert found.residual[0] < 1e-5
+    assert found.verdict[:, 0].tolist() == [ImageVerdict.APPROXIMATE, ImageVerdict.NOT_FOUND, ImageVerdict.UNDETERMINED]
+    assert np.all(np.isnan(found.images[1]))
+    np.testing.assert_array_equal(found.images[2], images[2])
+    assert done == [(1, 3), (2, 3), (3, 3)]
