@@ -179,7 +179,9 @@ def _finish(
         coordinates = one.coordinates if joint is None else joint.coordinates[row]
         full = right @ coordinates
         label[row], feature[row] = structured, full[:features]
-        label_deviation[row] = one.label_deviation if joint is None else joint.label_deviation[row]
+        # As the joint fit does: residuals larger than expected mean more noise than expected.
+        own_deviation = one.label_deviation * max(float(one.misfit), 1.0)
+        label_deviation[row] = own_deviation if joint is None else joint.label_deviation[row]
         if joint is not None:
             feature_deviation[row] = np.sqrt(np.sum(joint.coordinates_deviation[row] ** 2) / features)
         weights = np.where(one.targets >= 0, structured[one.targets], -np.inf)
@@ -198,7 +200,8 @@ def _finish(
             label[row], feature[row], label_deviation[row] = np.nan, np.nan, np.nan
             targets[row] = -1
             continue
-        sharp = TOLERANCE * np.max(label_deviation[row]) <= SHARP_LABEL
+        # Nothing confirms an example of a batch that is not explained as a whole: its own equation may have others.
+        sharp = joint is not None and TOLERANCE * np.max(label_deviation[row]) <= SHARP_LABEL
         verdict[row] = Verdict.UNIQUE if sharp else Verdict.AMBIGUOUS
     size = np.linalg.norm(gradient)
     if not np.any((verdict == Verdict.UNIQUE) | (verdict == Verdict.AMBIGUOUS)) and not known_divisor:
