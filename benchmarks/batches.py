@@ -134,15 +134,10 @@ def main() -> None:
     run = Run("batches", arguments)
     quick, full = arguments.quick, arguments.full
     usual = ("10:2",) if quick else UNTRAINED_FULL if full else UNTRAINED
-    cases = usual if arguments.cases is None else arguments.cases
-    trained_cases = () if quick else TRAINED
-    trained_cases = trained_cases if arguments.trained_cases is None else arguments.trained_cases
     arguments.batches = arguments.batches or run.size(1, 3, 10)
-    scale_cases = () if quick else UNKNOWN_SCALE
-    scale_cases = scale_cases if arguments.unknown_scale_cases is None else arguments.unknown_scale_cases
-    untrained = [tuple(map(int, case.split(":"))) for case in cases]
-    unscaled = [tuple(map(int, case.split(":"))) for case in scale_cases]
-    trained = [tuple(map(int, case.split(":"))) for case in trained_cases]
+    untrained = chosen(arguments.cases, usual)
+    unscaled = chosen(arguments.unknown_scale_cases, () if quick else UNKNOWN_SCALE)
+    trained = chosen(arguments.trained_cases, () if quick else TRAINED)
     training, test, images = load_data(arguments)
     arguments.classes = sorted({classes for classes, _ in untrained + unscaled})
     arguments.networks = ["untrained"] * bool(untrained + unscaled) + ["smoothing", "mixup"] * bool(trained)
@@ -154,6 +149,11 @@ def main() -> None:
                 where = (run, name, number_of_classes, network, parameters, images, test.classes, size, family)
                 run.add(**measure(*where, unknown_scale=unknown))
     run.finish("Examples found in one averaged gradient", COLUMNS, draw)
+
+
+def chosen(given: list[str] | None, usual: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """(C, B) of the cases asked for, or else of the usual ones."""
+    return [tuple(map(int, case.split(":"))) for case in (usual if given is None else given)]
 
 
 def measure(

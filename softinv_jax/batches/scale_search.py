@@ -46,32 +46,33 @@ def search_any_scale(subspace: BatchSubspace, progress: Callable[[int, int], Non
     Returns:
       D, NaN where nothing was found, with a deviation that is never 0; and what `search_batch` returns.
     """
+    best: Found = (Divisor(np.nan, np.nan), [], None)
+    for hypothesis in _hypotheses(subspace):
+        found, joint = search_batch(subspace, hypothesis, progress, total)
+        divisor = hypothesis if joint is None else _fine(joint.divisor, joint.divisor_deviation)
+        if _is_certain(subspace, found, joint):
+            return divisor, found, joint
+        if len(found) > len(best[1]) or (joint is not None and best[2] is None):
+            best = divisor, found, joint
+    return best
+
+
+def _hypotheses(subspace: BatchSubspace) -> Iterator[Divisor]:
+    """What D may be, each value once: as soon as some solutions agree about it; in the end, what single ones tell."""
     values = np.asarray(subspace.singular_values)
     pool: list[Component] = []
     tried: list[Divisor] = []
-    best: Found = (Divisor(np.nan, np.nan), [], None)
 
-    def attempt(hypotheses: list[Divisor]) -> bool:
-        nonlocal best
+    def untried(hypotheses: list[Divisor]) -> Iterator[Divisor]:
         for hypothesis in hypotheses:
-            if any(_agree(hypothesis, other) for other in tried):
-                continue
-            tried.append(hypothesis)
-            found, joint = search_batch(subspace, hypothesis, progress, total)
-            divisor = hypothesis if joint is None else _fine(joint.divisor, joint.divisor_deviation)
-            certain = _is_certain(subspace, found, joint)
-            if certain or len(found) > len(best[1]) or (joint is not None and best[2] is None):
-                best = divisor, found, joint
-            if certain:
-                return True
-        return False
+            if not any(_agree(hypothesis, other) for other in tried):
+                tried.append(hypothesis)
+                yield hypothesis
 
     for solved in _solutions(subspace):
         pool = distinct([*pool, *(one for one in solved if is_plausible(one))], values, LARGEST_POOL)
-        if attempt(_agreed(subspace, pool, alone=False)[:HYPOTHESES]):
-            return best
-    attempt(_agreed(subspace, pool, alone=True)[:LAST_HYPOTHESES])
-    return best
+        yield from untried(_agreed(subspace, pool, alone=False)[:HYPOTHESES])
+    yield from untried(_agreed(subspace, pool, alone=True)[:LAST_HYPOTHESES])
 
 
 def _solutions(subspace: BatchSubspace) -> Iterator[list[Component]]:

@@ -71,7 +71,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--refine",
         type=int,
         metavar="N",
-        help="polish the images by up to N steps of second order; for networks without ReLU, 1 to 3 s a step",
+        help="polish the images by up to N steps of second order; for networks without ReLU, some seconds a step",
     )
     parser.add_argument("--figure", metavar="FILE.png", help="draw the images")
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")

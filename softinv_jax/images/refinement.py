@@ -224,20 +224,17 @@ def _solve(
     final = residual(solution.value, one)
     count = sum(leaf.size for leaf in leaves)
     difference = jax.tree.map(jnp.multiply, final, noise)
+    # As `exact.gradient_distance`: a parameter without gradient counts by itself.
+    residuals = jax.tree.map(
+        lambda one, other: norm(one) / jnp.where(norm(other) > 0, norm(other), 1.0), difference, gradient
+    )
     return Refinement(
         image=image,
         label=label if free_label is None else with_sum_one(free_label),
         misfit=norm(final) / np.sqrt(count),
         start_misfit=norm(start_residual) / np.sqrt(count),
         gradient_residual=norm(difference) / norm(gradient),
-        largest_residual=jnp.max(
-            jnp.stack(
-                [
-                    jnp.where(norm(other) > 0, norm(one) / jnp.maximum(norm(other), least), 0.0)
-                    for one, other in zip(jax.tree.leaves(difference), jax.tree.leaves(gradient), strict=True)
-                ]
-            )
-        ),
+        largest_residual=jnp.max(jnp.stack(jax.tree.leaves(residuals))),
         steps=solution.stats["num_steps"].astype(jnp.int32),
         converged=solution.result == optimistix.RESULTS.successful,
     )
