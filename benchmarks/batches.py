@@ -31,7 +31,8 @@ from scipy.optimize import linear_sum_assignment
 
 import softinv_jax
 from softinv_jax.batches.batch_recovery import recover_batch
-from softinv_jax.batches.component import TARGETS, Divisor
+from softinv_jax.batches.component import Divisor
+from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import fit_jointly
 from softinv_jax.batches.subspace import batch_subspace
 from softinv_jax.client import SoftLabelBatch, cross_entropy, sample_batch

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.batches.component import TARGETS, Component, Divisor
+from softinv_jax.batches.component import Component, Divisor
+from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.evidence import example_surprise, joint_surprise
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.scale_search import search_any_scale

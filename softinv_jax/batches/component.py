@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from softinv_jax.batches.elimination import Eliminator, eliminate_linear, singled_out
 from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
@@ -27,7 +28,6 @@ from softinv_jax.linear_algebra import inverse_and_log_determinant, orthonormal_
 
 __all__ = [
     "ITERATIONS",
-    "TARGETS",
     "Component",
     "Divisor",
     "prediction_error",
@@ -36,7 +36,6 @@ __all__ = [
     "strongest_residual",
 ]
 
-TARGETS = 2  # Classes a label singles out, at most.
 ITERATIONS = 40
 SETTLING = 12  # Steps in the end, with every equation weighed by its own deviation.
 DUALITY_WEIGHT = 0.3
@@ -95,35 +94,6 @@ class Component:
     constant_error: jax.Array
 
 
-class _Eliminator(NamedTuple):
-    """Orthonormal columns of the weighted (U, 1), classes singled out left aside, and what undoes their mixing."""
-
-    weights: jax.Array
-    columns: jax.Array
-    inverse: jax.Array
-
-    def residual(self, values: jax.Array) -> jax.Array:
-        """(C, n) -> (C, n) weighted, less the best U beta + c 1."""
-        weighted = self.weights[:, None] * values
-        return weighted - self.columns @ (self.columns.T @ weighted)
-
-    def solution(self, values: jax.Array) -> jax.Array:
-        """(C, n) -> (B + 1, n) that best beta, and c in the last row."""
-        return self.inverse @ (self.columns.T @ (self.weights[:, None] * values))
-
-
-def _singled_out(targets: jax.Array, number_of_classes: int) -> jax.Array:
-    """(C,) bool."""
-    return jnp.any(jnp.arange(number_of_classes)[:, None] == targets[None, :], axis=1)
-
-
-def _eliminator(subspace: BatchSubspace, targets: jax.Array, weights: jax.Array) -> _Eliminator:
-    number_of_classes = subspace.left.shape[0]
-    weights = jnp.where(_singled_out(targets, number_of_classes), 0.0, weights)
-    design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
-    return _Eliminator(weights, *orthonormal_columns(weights[:, None] * design))
-
-
 class _Equations(NamedTuple):
     """Residuals (C + 2,) at some a and their Jacobian (C + 2, B); softmax (C,) and its Jacobian (C, B)."""
 
@@ -135,7 +105,7 @@ class _Equations(NamedTuple):
 
 def _equations(
     subspace: BatchSubspace,
-    eliminator: _Eliminator,
+    eliminator: Eliminator,
     coordinates: jax.Array,
     divisor: Divisor,
     duality_weight: float | jax.Array,
@@ -168,7 +138,7 @@ def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 def _search(
     subspace: BatchSubspace,
     start: jax.Array,
-    eliminator: _Eliminator,
+    eliminator: Eliminator,
     divisor: Divisor,
     iterations: int | jax.Array,
 ) -> jax.Array:
@@ -198,7 +168,7 @@ def _settle(
     iterations: jax.Array,
 ) -> jax.Array:
     """Coordinates (B,) of the likeliest solution near one: every equation in its own standard deviations."""
-    eliminator = _eliminator(subspace, targets, weights)
+    eliminator = eliminate_linear(subspace, targets, weights)
     values = subspace.singular_values
     prediction = jax.nn.softmax(subspace.directions @ start)
     dual = eliminator.solution(prediction[:, None])[: values.size, 0]
@@ -214,7 +184,7 @@ def _settle(
 
 
 def _divisor_deviation(
-    subspace: BatchSubspace, eliminator: _Eliminator, coordinates: jax.Array, dual: jax.Array
+    subspace: BatchSubspace, eliminator: Eliminator, coordinates: jax.Array, dual: jax.Array
 ) -> jax.Array:
     """() relative standard deviation of x^T G^+ g: of the noise on G itself, and of beta from its own equations."""
     values = subspace.singular_values
@@ -249,7 +219,7 @@ def solve_components(
 
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own = inputs
-        eliminator = _eliminator(subspace, chosen, own)
+        eliminator = eliminate_linear(subspace, chosen, own)
         found = _search(subspace, start, eliminator, divisor, iterations)
         settling = jnp.minimum(iterations, SETTLING)
         found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), divisor, settling)
@@ -265,11 +235,11 @@ def _describe(
     values = subspace.singular_values
     number_of_classes, rank = subspace.left.shape
     used = targets >= 0
-    singled = _singled_out(targets, number_of_classes)
+    singled = singled_out(targets, number_of_classes)
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
     deviation = 1 / weights
     # Everything from here on in units of those deviations.
-    eliminator = _eliminator(subspace, targets, weights)
+    eliminator = eliminate_linear(subspace, targets, weights)
     equations = _equations(subspace, eliminator, coordinates, divisor, 1.0)
     solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
     dual, level = solution[:rank, 0], solution[rank, 0]
@@ -336,7 +306,7 @@ def label_deviation(
     return jnp.sqrt(row**2 + carried**2 + (subspace.roundoff * label) ** 2)
 
 
-def _weights(subspace: BatchSubspace, coordinates: jax.Array, eliminator: _Eliminator) -> jax.Array:
+def _weights(subspace: BatchSubspace, coordinates: jax.Array, eliminator: Eliminator) -> jax.Array:
     """(C,) one over the deviations at given a, and at the beta that is best for it with other weights."""
     prediction = jax.nn.softmax(subspace.directions @ coordinates)
     dual = eliminator.solution(prediction[:, None])[:-1, 0]
@@ -349,7 +319,7 @@ def starting_weights(subspace: BatchSubspace, starts: jax.Array, targets: jax.Ar
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         start, chosen = inputs
-        return _weights(subspace, start, _eliminator(subspace, chosen, 1 / subspace.noise))
+        return _weights(subspace, start, eliminate_linear(subspace, chosen, 1 / subspace.noise))
 
     return jax.lax.map(one, (starts, targets), batch_size=8)
 
@@ -374,10 +344,10 @@ def strongest_residual(subspace: BatchSubspace, components: Component) -> jax.Ar
 
     def one(component: Component) -> jax.Array:
         standardised = jnp.abs(component.label - component.level) / component.deviation
-        taken = _singled_out(component.targets, subspace.left.shape[0])
+        taken = singled_out(component.targets, subspace.left.shape[0])
         # Leaving one class aside removes all of its own residual, and none of what it dragged along: the larger its
         # leverage, the more of the whole it stands for.
-        eliminator = _eliminator(subspace, component.targets, 1 / component.deviation)
+        eliminator = eliminate_linear(subspace, component.targets, 1 / component.deviation)
         share = jnp.maximum(1 - jnp.sum(eliminator.columns**2, axis=1), 1e-9)
         return jax.lax.top_k(jnp.where(taken, -jnp.inf, standardised / jnp.sqrt(share)), 2)[1].astype(jnp.int32)
 

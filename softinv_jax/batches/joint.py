@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.batches.component import TARGETS, Divisor, prediction_error
+from softinv_jax.batches.component import Divisor, prediction_error
+from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 

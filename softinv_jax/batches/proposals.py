@@ -7,12 +7,17 @@ the columns of N nearly are, so that the rows of U cluster by example.
 """
 
 import itertools
+from functools import partial
 
 import numpy as np
 
-from softinv_jax.batches.component import TARGETS
+from softinv_jax.batches.candidates import in_pieces
+from softinv_jax.batches.component import Divisor
+from softinv_jax.batches.elimination import TARGETS
+from softinv_jax.batches.scalar_scan import scan_rays
+from softinv_jax.batches.subspace import BatchSubspace
 
-__all__ = ["propose"]
+__all__ = ["propose", "propose_along_rays"]
 
 ALL_PAIRS, FEW_PAIRS = 700, 100
 SPLITS = 3  # The strongest classes, and as many directions.
@@ -35,12 +40,8 @@ def propose(
     Returns:
       Starts (n, B), and the classes assumed to be singled out, (n, TARGETS), -1 for none.
     """
-    left, _, right = np.linalg.svd(remainder, full_matrices=False)
-    left = left[:, :remaining]
-    leverage = np.sum(left**2, axis=1)
-    count = min(2 * remaining + 4, len(leverage))
-    likely = np.argsort(-leverage)[:count]
-    direction = left[likely] / np.sqrt(np.maximum(leverage[likely], 1e-300))[:, None]
+    likely, direction, right = _likely(remainder, remaining)
+    count = len(likely)
     pairs = list(itertools.combinations(range(count), 2))
     alike = np.array([direction[i] @ direction[j] for i, j in pairs])
     order = np.argsort(-alike)[: len(pairs) if len(pairs) <= (ALL_PAIRS if thorough else FEW_PAIRS) else 4 * remaining]
@@ -64,3 +65,35 @@ def propose(
         targets = np.concatenate([targets, [(k, *(-1,) * (TARGETS - 1)) for k, _ in splits]]).astype(np.int32)
         starts = np.concatenate([starts, [start for _, start in splits]])
     return starts, targets
+
+
+def propose_along_rays(
+    subspace: BatchSubspace, remainder: np.ndarray, remaining: int, divisor: Divisor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts along single rows, of the size that fits best, with the row's class alone or one that does not fit there.
+
+    For equations with many more classes than unknowns, known D. A second class can have far too little weight to show
+    among the rows of U.
+
+    Args:
+      subspace: of the batch.
+      remainder, remaining: as for `propose`. divisor: D.
+
+    Returns:
+      Starts (n, B), and the classes assumed to be singled out, (n, TARGETS), -1 for none.
+    """
+    likely = _likely(remainder, remaining)[0].astype(np.int32)
+    points, misfits, valid = in_pieces(partial(scan_rays, subspace, divisor=divisor), remainder[likely], likely)
+    first = np.repeat(likely, valid.shape[1]).reshape(valid.shape)[valid]
+    second = np.concatenate([np.full((len(first), 1), -1, np.int32), misfits[valid]], axis=1)
+    targets = np.stack([np.broadcast_to(first[:, None], second.shape), second], axis=2)
+    return np.repeat(points[valid], second.shape[1], axis=0), targets.reshape(-1, TARGETS)
+
+
+def _likely(remainder: np.ndarray, remaining: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) classes by falling leverage on what remains, the unit vectors of their rows of U (n, r), and V^T."""
+    left, _, right = np.linalg.svd(remainder, full_matrices=False)
+    left = left[:, :remaining]
+    leverage = np.sum(left**2, axis=1)
+    likely = np.argsort(-leverage)[: 2 * remaining + 4]
+    return likely, left[likely] / np.sqrt(np.maximum(leverage[likely], 1e-300))[:, None], right

@@ -19,16 +19,19 @@ from softinv_jax.batches.candidates import (
     solve,
     split,
 )
-from softinv_jax.batches.component import TARGETS, Component, Divisor, strongest_residual
+from softinv_jax.batches.component import Component, Divisor, strongest_residual
+from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import JointFit, fit_jointly
-from softinv_jax.batches.proposals import propose
+from softinv_jax.batches.proposals import propose, propose_along_rays
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["NEARLY_DUAL", "search_batch"]
 
-# Rounds of search, each from what the examples found so far leave of the gradient: factor on the starts, and whether
-# pairs of classes start from either row (see `propose`).
+# Rounds of search, each from what the examples found so far leave of the gradient: along single rows, where an equation
+# has more classes than unknowns to tell the size by; then
+RAY_ROUNDS = (None, None)
+# with a factor on the starts, and whether pairs of classes start from either row (see `propose`).
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True), (1.5, False), (4.0, True), (0.6, False))
 LONG = 200  # Steps for those few that are worth it.
 POLISHING = 30  # Steps for what is nearly there already.
@@ -65,9 +68,16 @@ def search_batch(
     rejected: list[Component] = []
     pool: list[Component] = []
     joint = None
-    for stretch, separately in ROUNDS:
+    number_of_classes = observed.shape[0]
+    tells_size = number_of_classes - 1 - rank > rank + TARGETS
+    for round_ in (RAY_ROUNDS if tells_size else ()) + ROUNDS:
         remainder = _without(observed, found, np.asarray(subspace.singular_values))
-        starts, targets = propose(remainder, rank - len(found), divisor.value, stretch, separately=separately)
+        missing = rank - len(found)
+        if round_ is None:
+            starts, targets = propose_along_rays(subspace, remainder, missing, divisor)
+        else:
+            stretch, separately = round_
+            starts, targets = propose(remainder, missing, divisor.value, stretch, separately=separately)
         solved = solve(subspace, starts, targets, divisor)
         found += _accepted(subspace, solved, found, rejected)
         progress(len(found), total)

@@ -7,6 +7,8 @@ import pytest
 
 from softinv_jax.batches.component import ITERATIONS, Divisor, solve_components, starting_weights, strongest_residual
 from softinv_jax.batches.joint import fit_jointly
+from softinv_jax.batches.proposals import propose_along_rays
+from softinv_jax.batches.scalar_scan import OUTLIERS, SIZES, scan_rays
 from softinv_jax.batches.subspace import BatchSubspace, batch_subspace, numerical_rank
 
 CLASSES, FEATURES, SIZE = 24, 50, 4
@@ -200,3 +202,45 @@ def test_joint_fit_expects_the_rounding_of_a_float32_client(seed: int, ordered: 
     fit = fit_jointly(subspace, start, weights, targets, Divisor(size))
     assert 0.2 < float(fit.misfit) < 2
     np.testing.assert_allclose(fit.label, labels, atol=1e-5)
+
+
+def test_a_ray_tells_the_size_and_a_second_class_of_little_weight() -> None:
+    """A row of a mixed label is -0.97 x / B: the scan against least squares of NumPy at each size, and the truth."""
+    rng = np.random.default_rng(11)
+    classes, size = 60, 3
+    weight, features = rng.uniform(-0.5, 0.5, (classes, FEATURES)), rng.uniform(0, 1, (size, FEATURES))
+    labels = np.eye(classes)[[5, 20, 40]]
+    labels[0, [5, 33]] = 0.97, 0.03
+    logits = features @ weight.T
+    prediction = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    subspace = subspace_of(weight, (prediction - labels).T @ features / size, size)
+    rows = np.asarray(subspace.left) * np.asarray(subspace.singular_values)
+    points, worst, valid = scan_rays(subspace, jnp.asarray(rows[[5]]), jnp.array([5], jnp.int32), Divisor(size))
+    true = features[0] @ np.asarray(subspace.right)
+    assert valid[0, 0]
+    # Neighbouring sizes are 5 % apart, and the other examples' softmax of this class bends the ray.
+    assert np.linalg.norm(points[0, 0] - true) < 0.1 * np.linalg.norm(true)
+    assert worst[0, 0, 0] == 33
+    starts, targets = propose_along_rays(subspace, rows, size, Divisor(size))
+    own = starts[(targets == [5, 33]).all(axis=1)]
+    assert np.linalg.norm(own - true, axis=1).min() < 0.1 * np.linalg.norm(true)
+
+    def loss(factor: float) -> float:
+        logits = -factor * size * np.asarray(subspace.directions) @ rows[5]
+        prediction = np.exp(logits - logits.max())
+        prediction /= prediction.sum()
+        others = np.delete(np.arange(classes), 5)
+        weights = 1 / np.asarray(subspace.noise)[others]
+        design = weights[:, None] * np.column_stack([np.asarray(subspace.left)[others], np.ones(len(others))])
+        design = design / np.linalg.norm(design, axis=0)
+        target = weights * prediction[others]
+        residual = target - design @ np.linalg.lstsq(design, target)[0]
+        level = np.linalg.lstsq(weights[:, None], target)[0]
+        leverage = np.sum(np.linalg.qr(design)[0] ** 2, axis=1)
+        relative = np.sort(np.abs(residual) / np.sqrt(1 - leverage))[:-OUTLIERS]
+        return float(np.linalg.norm(relative) / np.linalg.norm(target - weights * level))
+
+    best = np.linalg.norm(points[0, 0]) / np.linalg.norm(size * rows[5])
+    index = np.argmin(np.abs(SIZES - best))
+    np.testing.assert_allclose(SIZES[index], best, rtol=1e-9)
+    assert loss(SIZES[index]) < min(loss(SIZES[index - 1]), loss(SIZES[index + 1]))
