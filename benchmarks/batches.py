@@ -91,14 +91,14 @@ def identifiable(weight: jax.Array, gradient: jax.Array, features: jax.Array, la
     """
     weight, gradient = jnp.asarray(weight, jnp.float64), jnp.asarray(gradient, jnp.float64)
     size = len(labels)
-    subspace, _ = batch_subspace(weight, gradient, size, np.dtype(np.float32), has_bias=False)
+    subspace, right, _ = batch_subspace(weight, gradient, size, np.dtype(np.float32), has_bias=False)
     if subspace.singular_values.size < size:
         return 0
     targets = np.argsort(-labels, axis=1)[:, :TARGETS].astype(np.int32)
     level = np.median(labels, axis=1)
     shares = np.take_along_axis(labels, targets, 1).astype(np.float64) - level[:, None]
     targets = np.where(shares > 0, targets, -1)
-    start = jnp.asarray(features, jnp.float64) @ subspace.right
+    start = jnp.asarray(features, jnp.float64) @ right
     bound = fit_jointly(subspace, start, jnp.asarray(shares), jnp.asarray(targets), Divisor(size))
     return int(np.sum(np.max(np.asarray(bound.label_deviation), axis=1) < 1e-5))
 

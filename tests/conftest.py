@@ -1,5 +1,6 @@
 """What all tests share: strict jax settings, a NumPy client, and compiled recoveries."""
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from softinv_jax.float64 import in_float64
 from softinv_jax.labels import recovery
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes millions of objects that live on: looking through them for cycles again and again is 4 % of the time.
+gc.set_threshold(100_000, 50, 50)
 # Compilation is most of the time the tests take; the folder is ignored by git.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -99,8 +102,9 @@ def draw_sample(
 
 
 def jit_quickly(function: Callable, **options: Any) -> Callable:
-    """`jax.jit` to the least optimised machine code, which takes half the time to make; it runs only a few times."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+    """`jax.jit` to machine code that takes a third of the time to make, and runs slower; it runs only a few times."""
+    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return jax.jit(function, compiler_options=quick, **options)
 
 
 STAGES = {name: jit_quickly(getattr(recovery, name), static_argnums=1) for name in ("read", "search")}

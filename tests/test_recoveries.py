@@ -9,7 +9,7 @@ from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.labels import recovery
 
 # As in tests/batches, so that compiled programs are shared.
-CLASSES, FEATURES, SIZE = 40, 96, 2
+CLASSES, FEATURES, SIZE = 40, 96, 4
 
 
 def draw(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:

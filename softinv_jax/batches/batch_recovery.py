@@ -128,7 +128,7 @@ def _recover_batch(
     weight, gradient = append_bias(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), observation))
     largest = None if batch_size == "auto" else batch_size
     known_noise = None if observation.noise is None else np.asarray(observation.noise, np.float64)
-    subspace, singular_values = batch_subspace(
+    subspace, right, singular_values = batch_subspace(
         weight, gradient, largest, dtype, has_bias=has_bias, known_noise=known_noise
     )
     rank = subspace.singular_values.size
@@ -138,34 +138,28 @@ def _recover_batch(
     joint = None
     divisor = Divisor(math.nan) if unknown_scale else Divisor(usual)
     if singular_values[0] == 0:
-        rank = 0
+        pass
     elif unknown_scale:
         divisor, found, joint = search_any_scale(subspace, progress, total)
     else:
         found, joint = search_batch(subspace, divisor, progress, total)
-    return _finish(
-        subspace, singular_values, found, joint, gradient, divisor, usual, total, rank, dtype, has_bias=has_bias
-    )
+    return _finish(observation, gradient, subspace, right, singular_values, (divisor, found, joint), usual, total)
 
 
 def _finish(
-    subspace: BatchSubspace,
-    singular_values: np.ndarray,
-    found: list[Component],
-    joint: JointFit | None,
+    observation: Observation,
     gradient: jax.Array,
-    divisor: Divisor,
+    subspace: BatchSubspace,
+    right: np.ndarray,
+    singular_values: np.ndarray,
+    search: tuple[Divisor, list[Component], JointFit | None],
     usual: float,
     total: int,
-    rank: int,
-    dtype: np.dtype,
-    *,
-    has_bias: bool,
 ) -> BatchRecovery:
-    """Verdicts and arrays."""
-    number_of_classes = subspace.left.shape[0]
-    right = np.asarray(subspace.right)
-    features = right.shape[0] - has_bias
+    """Verdicts and arrays. `usual`: D at scale 1."""
+    divisor, found, joint = search
+    rank = subspace.singular_values.size if singular_values[0] > 0 else 0
+    number_of_classes, features = observation.weight.shape
     label = np.full((total, number_of_classes), np.nan)
     feature = np.full((total, features), np.nan)
     label_deviation, feature_deviation = np.full_like(label, np.nan), np.full((total,), np.nan)
@@ -209,7 +203,7 @@ def _finish(
         divisor = Divisor(math.nan, math.nan)
     scale = usual / divisor.value
     residual = np.linalg.norm(np.asarray(gradient) - predicted) / (size if size else 1.0)
-    kind = np.promote_types(dtype, np.float32)
+    kind = np.promote_types(np.dtype(observation.weight_gradient.dtype), np.float32)
     return BatchRecovery(
         label=label.astype(kind),
         feature=feature.astype(kind),

@@ -165,9 +165,7 @@ def fit_jointly(
         normal = jnp.block([[normal, last[:, None]], [last[None, :], jnp.where(is_free, square, 0.0)[None, None]]])
         return NormalEquations(normal, jnp.append(ordered(toward), jnp.where(is_free, product, 0.0)), loss)
 
-    flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel(), jnp.zeros((1,))])
-    # The best known rows count only as far as the fit has got to, so that they do not hide all others.
-    for tolerance in (1.0, 1.0, 1.0, 0.0):
+    def fit(flat: jax.Array, tolerance: jax.Array) -> tuple[jax.Array, NormalEquations]:
         start = unflatten(flat)
         prediction = jax.nn.softmax(start.coordinates @ subspace.directions.T, axis=1)
         difference = (prediction - labels(start.weights)).T @ start.coordinates / start.divisor - observed
@@ -176,7 +174,17 @@ def fit_jointly(
             whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
             whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
         )
-        flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
+        return minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
+
+    flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel(), jnp.zeros((1,))])
+    # The best known rows count only as far as the fit has got to, so that they do not hide all others.
+    tolerances = jnp.array([1.0, 1.0, 1.0, 0.0])
+    equations = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit, flat, tolerances[0])[1]
+    )
+    flat, equations = jax.lax.fori_loop(
+        0, tolerances.size, lambda number, state: fit(state[0], tolerances[number]), (flat, equations)
+    )
     normal = equations.normal
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]

@@ -53,6 +53,14 @@ def minimise(
         done = (better & (new.loss > (1 - NO_GAIN) * current.loss)) | (next_damping >= STUCK)
         return count + 1, done, kept[0], next_damping, kept[1]
 
-    state = (jnp.int32(0), jnp.asarray(False), start, jnp.asarray(damping), equations(start))
+    # The first step evaluates the start, so that the equations are compiled once: nothing pulls, and all is better.
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(equations, start))
+    state = (
+        jnp.int32(-1),
+        jnp.asarray(False),
+        start,
+        jnp.asarray(5 * damping),
+        nothing._replace(loss=nothing.loss + jnp.inf),
+    )
     state = jax.lax.while_loop(lambda state: (state[0] < steps) & ~state[1], step, state)
     return state[2], state[4]

@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 
 from softinv_jax.batches.candidates import in_pieces
-from softinv_jax.batches.component import Divisor
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.scalar_scan import scan_rays
 from softinv_jax.batches.subspace import BatchSubspace
@@ -68,22 +67,22 @@ def propose(
 
 
 def propose_along_rays(
-    subspace: BatchSubspace, remainder: np.ndarray, remaining: int, divisor: Divisor
+    subspace: BatchSubspace, remainder: np.ndarray, remaining: int, divisor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Starts along single rows, of the size that fits best, with the row's class alone or one that does not fit there.
+    """Starts along single rows, of sizes that fit there, with the row's class alone or one more that does not fit.
 
-    For equations with many more classes than unknowns, known D. A second class can have far too little weight to show
-    among the rows of U.
+    For equations with many more classes than unknowns. A second class can have far too little weight to show among the
+    rows of U.
 
     Args:
       subspace: of the batch.
-      remainder, remaining: as for `propose`. divisor: D.
+      remainder, remaining, divisor: as for `propose`.
 
     Returns:
       Starts (n, B), and the classes assumed to be singled out, (n, TARGETS), -1 for none.
     """
     likely = _likely(remainder, remaining)[0].astype(np.int32)
-    points, misfits, valid = in_pieces(partial(scan_rays, subspace, divisor=divisor), remainder[likely], likely)
+    points, misfits, valid = in_pieces(partial(scan_rays, subspace), -divisor * remainder[likely], likely)
     first = np.repeat(likely, valid.shape[1]).reshape(valid.shape)[valid]
     second = np.concatenate([np.full((len(first), 1), -1, np.int32), misfits[valid]], axis=1)
     targets = np.stack([np.broadcast_to(first[:, None], second.shape), second], axis=2)

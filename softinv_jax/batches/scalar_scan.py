@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.batches.component import Divisor
 from softinv_jax.batches.elimination import TARGETS, eliminate_linear
 from softinv_jax.batches.subspace import BatchSubspace
 
@@ -20,35 +19,27 @@ __all__ = ["scan_rays"]
 SIZES = np.geomspace(0.5, 50.0, 96)
 OUTLIERS = 2  # The class of the row is left out; so many more may be singled out, or of another example.
 POINTS = 2  # Local minima of the misfit along a ray.
-DUAL = np.log(10.0)  # On a ray that is not quite the feature's, duality holds to a factor of 10.
 
 
 @jax.jit
-def scan_rays(
-    subspace: BatchSubspace, rows: jax.Array, classes: jax.Array, divisor: Divisor
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best points on each ray, and the classes that fit worst there.
+def scan_rays(subspace: BatchSubspace, rays: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The points on each ray that fit better than those next to them, and the classes that fit worst there.
 
     Args:
       subspace: of the batch.
-      rows: (n, B) of the gradient, in coordinates. classes: (n,) int32, each row's own.
-      divisor: D.
+      rays: (n, B) rows of the gradient, in coordinates, times -D. classes: (n,) int32, each row's own.
 
     Returns:
       Coordinates (n, POINTS, B), (n, POINTS, OUTLIERS) int32 classes, and whether there is such a point, (n, POINTS).
     """
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        row, own = inputs
+        ray, own = inputs
         targets = jnp.stack([own, *[jnp.int32(-1)] * (TARGETS - 1)])
-        start = -divisor.value * row
-        rank = row.size
         eliminate = eliminate_linear(subspace, targets, 1 / subspace.noise)
-        logits = (subspace.directions @ start)[:, None] * SIZES[None, :]
+        logits = (subspace.directions @ ray)[:, None] * SIZES[None, :]
         prediction = jax.nn.softmax(logits, axis=0)
         residual = eliminate.residual(prediction)
-        dual = eliminate.solution(prediction)[:rank]
-        duality = SIZES * ((start / subspace.singular_values) @ dual) / divisor.value
         # Relative to how far the softmax is from uniform, in the same weights: at size 0 it is uniform.
         uniform = eliminate.weights / jnp.sqrt(jnp.sum(eliminate.weights**2))
         weighted = eliminate.weights[:, None] * prediction
@@ -58,14 +49,12 @@ def scan_rays(
         relative = jnp.abs(residual) / jnp.sqrt(share)[:, None] / jnp.maximum(spread, 1e-300)[None, :]
         largest = jax.lax.top_k(relative.T, OUTLIERS)[0]
         loss = jnp.sqrt(jnp.maximum(jnp.sum(relative**2, axis=0) - jnp.sum(largest**2, axis=1), 0.0))
-        # A softmax of one class alone fits any gradient, with an outer product of no size.
-        wrong = jnp.where(duality > 0, jnp.abs(jnp.log(jnp.maximum(duality, 1e-300))), jnp.inf)
         padded = jnp.pad(loss, 1, constant_values=jnp.inf)
-        fits = (loss < padded[:-2]) & (loss <= padded[2:]) & (wrong <= DUAL)
-        nearest = jnp.arange(loss.size) == jnp.argmin(wrong)
-        score = jnp.where(fits, loss, jnp.where(nearest & ~jnp.any(fits), 0.0, jnp.inf))
-        best = jax.lax.top_k(-score, POINTS)[1]
+        minima = (loss < padded[:-2]) & (loss <= padded[2:])
+        # The smallest first: at large sizes a softmax of one class alone fits any gradient.
+        score = jnp.where(minima, -jnp.arange(loss.size), -loss.size)
+        best = jax.lax.top_k(score, POINTS)[1]
         worst = jax.lax.top_k(relative[:, best].T, OUTLIERS)[1].astype(jnp.int32)
-        return jnp.asarray(SIZES)[best, None] * start[None, :], worst, jnp.isfinite(score[best])
+        return jnp.asarray(SIZES)[best, None] * ray[None, :], worst, score[best] > -loss.size
 
-    return jax.lax.map(one, (rows, classes), batch_size=8)
+    return jax.lax.map(one, (rays, classes), batch_size=8)

@@ -74,7 +74,7 @@ def search_batch(
         remainder = _without(observed, found, np.asarray(subspace.singular_values))
         missing = rank - len(found)
         if round_ is None:
-            starts, targets = propose_along_rays(subspace, remainder, missing, divisor)
+            starts, targets = propose_along_rays(subspace, remainder, missing, divisor.value)
         else:
             stretch, separately = round_
             starts, targets = propose(remainder, missing, divisor.value, stretch, separately=separately)

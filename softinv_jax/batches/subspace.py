@@ -30,8 +30,9 @@ class BatchSubspace:
     """All arrays float64. A head with a bias is one with the constant feature 1 in the last place.
 
     Attributes:
-      left: (C, B) R U. singular_values: (B,) S, in units of the noise. right: (d, B) V.
-      directions: (C, B) W V, so that the logits of x = V a are `directions @ a`.
+      left: (C, B) R U. singular_values: (B,) S, in units of the noise.
+      directions: (C, B) W V, so that the logits of x = V a are `directions @ a`. V itself is not among them: the search
+        is one compiled program for features of any size.
       weight_norm: (C,) |W_j|.
       summation: (C,) standard deviation of a logit from the rounding of its partial sums, in unit roundoffs of |x|.
       constant: (B,) last row of V: constant . a = 1 for a head with a bias. Zeros without one.
@@ -43,7 +44,6 @@ class BatchSubspace:
 
     left: jax.Array
     singular_values: jax.Array
-    right: jax.Array
     directions: jax.Array
     weight_norm: jax.Array
     summation: jax.Array
@@ -94,7 +94,7 @@ def batch_subspace(
     *,
     has_bias: bool,
     known_noise: np.ndarray | None = None,
-) -> tuple[BatchSubspace, np.ndarray]:
+) -> tuple[BatchSubspace, np.ndarray, np.ndarray]:
     """Decompose a gradient.
 
     Args:
@@ -105,7 +105,7 @@ def batch_subspace(
       known_noise: (C,) standard deviation of noise on each row's entries, where it is known.
 
     Returns:
-      The subspace, and all singular values, in units of the noise.
+      The subspace, V (d, B), and all singular values, in units of the noise.
     """
     matrix = np.asarray(gradient)
     rows, columns = matrix.shape
@@ -140,7 +140,6 @@ def batch_subspace(
     subspace = BatchSubspace(
         left=jnp.asarray(noise[:, None] * left[:, :rank]),
         singular_values=jnp.asarray(values[:rank]),
-        right=basis,
         directions=weight @ basis,
         weight_norm=jnp.sqrt(jnp.sum(weight**2, axis=1)),
         summation=jnp.asarray(_summation(np.asarray(weight), right[0])),
@@ -149,7 +148,7 @@ def batch_subspace(
         common=jnp.asarray(noise[:, None] * common * np.sqrt(excess)),
         roundoff=jnp.asarray(unit_roundoff(dtype)),
     )
-    return subspace, values
+    return subspace, right[:rank].T, values
 
 
 def _summation(weight: np.ndarray, direction: np.ndarray) -> np.ndarray:

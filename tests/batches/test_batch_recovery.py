@@ -69,7 +69,8 @@ def matched(found: batch_recovery.BatchRecovery, batch: Batch) -> tuple[np.ndarr
     return cost[rows, columns], feature / np.linalg.norm(batch.features[columns], axis=1)
 
 
-MIXED = ["hard", "smoothing", "mixup", "smoothed mixup", "smoothing", "mixup"]
+# One size wherever it does not matter, so that compiled programs are shared.
+MIXED = ["hard", "smoothing", "mixup", "smoothed mixup"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -100,14 +101,14 @@ def test_head_with_a_bias() -> None:
 
 
 def test_size_from_the_rank() -> None:
-    batch = draw_batch(MIXED[:4], 5)
+    batch = draw_batch(MIXED, 5)
     found = recovered(batch, "auto")
     assert found.rank == len(found.verdict) == 4
     assert matched(found, batch)[0].max() < 1e-5
 
 
 def test_sum_in_place_of_mean() -> None:
-    batch = draw_batch(MIXED[:4], 6)
+    batch = draw_batch(MIXED, 6)
     summed = batch._replace(weight_gradient=4 * batch.weight_gradient)
     assert matched(recovered(summed, 4, reduction="sum"), batch)[0].max() < 1e-5
 
@@ -115,7 +116,7 @@ def test_sum_in_place_of_mean() -> None:
 @pytest.mark.parametrize("factor", [0.003, -40.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_unknown_scale(factor: float, bias: bool) -> None:
-    batch = draw_batch(MIXED[:4], 12, bias=bias)
+    batch = draw_batch(MIXED, 12, bias=bias)
     given = {"weight_gradient": batch.weight_gradient * np.float32(factor)}
     if batch.bias_gradient is not None:
         given["bias_gradient"] = batch.bias_gradient * np.float32(factor)
@@ -200,15 +201,15 @@ def test_noise_is_no_batch() -> None:
 
 
 def test_two_equal_examples_are_found_once_or_not_at_all() -> None:
-    batch = draw_batch(["hard", "smoothing", "mixup"], 10)
+    batch = draw_batch(MIXED, 10)
     features = np.concatenate([batch.features, batch.features[:1]])
     labels = np.concatenate([batch.labels, batch.labels[:1]])
     prediction = np.asarray(jax.nn.softmax(features @ batch.weight.T, axis=1))
-    gradient = ((prediction - labels).T @ features / 4).astype(np.float32)
-    found = recovered(batch._replace(weight_gradient=gradient), 4)
-    assert found.rank == 3
+    gradient = ((prediction - labels).T @ features / 5).astype(np.float32)
+    found = recovered(batch._replace(weight_gradient=gradient), 5)
+    assert found.rank == 4
     told = np.isfinite(found.label).all(axis=1)
-    assert told.sum() >= 2
+    assert told.sum() >= 3
     error = np.abs(found.label[told][:, None, :] - batch.labels[None]).max(axis=2).min(axis=1)
     assert error.max() < 1e-5
     assert set(found.verdict[~told]) == {Verdict.NOT_FOUND}
@@ -243,8 +244,8 @@ def test_bad_arrays() -> None:
 
 
 def test_configuration_and_progress() -> None:
-    batch = draw_batch(["hard", "mixup"], 11)
+    batch = draw_batch(MIXED, 11)
     seen: list[tuple[int, int]] = []
-    recovered(batch, 2, progress=lambda found, total: seen.append((found, total)))
-    assert seen[-1] == (2, 2)
+    recovered(batch, 4, progress=lambda found, total: seen.append((found, total)))
+    assert seen[-1] == (4, 4)
     assert not jax.config.jax_enable_x64

@@ -291,31 +291,31 @@ def test_help_and_version(capsys) -> None:
 
 def test_batches(tmp_path, capsys) -> None:
     rng = np.random.default_rng(0)
-    weight = rng.uniform(-0.5, 0.5, (30, 64)).astype(np.float32)
-    features = rng.uniform(0, 1, (2, 3, 64)).astype(np.float32)
-    labels = np.full((2, 3, 30), 0.2 / 30, np.float32)
-    labels[:, np.arange(3), [4, 9, 17]] += 0.8
+    weight = rng.uniform(-0.5, 0.5, (40, 64)).astype(np.float32)
+    features = rng.uniform(0, 1, (2, 4, 64)).astype(np.float32)
+    labels = np.full((2, 4, 40), 0.2 / 40, np.float32)
+    labels[:, np.arange(4), [4, 9, 17, 33]] += 0.8
     logits = features @ weight.T
     prediction = np.exp(logits - logits.max(axis=-1, keepdims=True))
     prediction /= prediction.sum(axis=-1, keepdims=True)
-    gradient = (np.swapaxes(prediction - labels, 1, 2) @ features / 3).astype(np.float32)
+    gradient = (np.swapaxes(prediction - labels, 1, 2) @ features / 4).astype(np.float32)
     seen = save(tmp_path / "seen.npz", {"weight": weight, "weight_gradient": gradient})
-    for size in ("3", "auto"):
+    for size in ("4", "auto"):
         code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--batch-size", size, "--json")
         assert (code, errors) == (0, "")
-        assert json.loads(text)["verdicts"]["unique"] == 6
+        assert json.loads(text)["verdicts"]["unique"] == 8
         with np.load(tmp_path / "out.npz") as out:
-            assert out["labels"].shape == (2, 3, 30)
-            assert out["features"].shape == (2, 3, 64)
-            assert out["verdict"].tolist() == [["unique"] * 3] * 2
+            assert out["labels"].shape == (2, 4, 40)
+            assert out["features"].shape == (2, 4, 64)
+            assert out["verdict"].tolist() == [["unique"] * 4] * 2
             found = out["labels"][np.arange(2)[:, None], np.argsort(out["labels"].argmax(axis=2), axis=1)]
             np.testing.assert_allclose(found, labels, atol=1e-5)
     rescaled = gradient * np.float32([2.5, 0.01])[:, None, None]
     seen = save(tmp_path / "seen.npz", {"weight": weight, "weight_gradient": rescaled})
     out = tmp_path / "out.npz"
-    code, text, errors = run(capsys, "recover", seen, "--out", out, "--batch-size", "3", "--unknown-scale")
+    code, text, errors = run(capsys, "recover", seen, "--out", out, "--batch-size", "4", "--unknown-scale")
     assert code == 0
-    assert "6 unique" in text
+    assert "8 unique" in text
     with np.load(out) as found_again:
         np.testing.assert_allclose(found_again["scale"], [2.5, 0.01], rtol=1e-4)
 

@@ -144,19 +144,23 @@ def check_exact(client: Client, found: ImageRecovery, decibels: float = 60.0) ->
     assert np.all(found.condition >= 0.99)
 
 
-def test_lenet_on_photographs() -> None:
-    """Untrained; hard, smoothed and mixed labels; and again with an unknown factor on all gradients."""
+@pytest.fixture(scope="module")
+def lenet() -> Client:
     network, (images, restore) = LeNet(CLASSES), photographs(32, 32)
     parameters = initialise(network, jax.random.key(0), (32, 32, 3))
     gradients = jax.device_get(per_sample_model_gradients(apply_function(network), parameters, images, LABELS))
-    client = Client(lenet_chain(), parameters, images, LABELS, gradients, restore)
+    return Client(lenet_chain(), parameters, images, LABELS, gradients, restore)
+
+
+def test_lenet_on_photographs(lenet: Client) -> None:
+    """Untrained; hard, smoothed and mixed labels; and again with an unknown factor on all gradients."""
     done = []
-    found = client.invert(progress=lambda *state: done.append(state))
-    check_exact(client, found)
+    found = lenet.invert(progress=lambda *state: done.append(state))
+    check_exact(lenet, found)
     assert found.layers == ("conv3", "conv2", "conv1")
     assert done[-1] == (3, 3)
-    scaled = jax.tree.map(lambda leaf: np.float32(-0.037) * leaf, gradients)
-    check_exact(client, client.invert(scaled, unknown_scale=True))
+    scaled = jax.tree.map(lambda leaf: np.float32(-0.037) * leaf, lenet.gradients)
+    check_exact(lenet, lenet.invert(scaled, unknown_scale=True))
 
 
 @pytest.mark.parametrize(("activation", "bias"), [("relu", False), ("tanh", True)])
@@ -261,25 +265,22 @@ def test_noise_is_not_exact(small_convolution: Client, noise: float) -> None:
     assert not np.any(small_convolution.invert(disturbed).verdict == ImageVerdict.EXACT)
 
 
-def test_bad_samples_do_not_spoil_the_others(small_convolution: Client) -> None:
+def test_bad_samples_do_not_spoil_the_others(lenet: Client) -> None:
     """A label that cannot be told, a zero gradient and one of another image's convolution, then a good one."""
-    # Without a bias: a head's bias gradient would tell any label.
-    shapes = {"conv": (3, 3, 3, 12), "head": (4 * 4 * 12, CLASSES)}
-    client = make_client(small_convolution.chain, (8, 8), shapes, bias=False)
+    # LeNet's head has no bias, whose gradient would tell any label.
     dense = np.random.default_rng(0).dirichlet(np.ones(CLASSES)).astype(np.float32)
-    (unknown,) = (
-        jax.device_get(per_sample_model_gradients(apply_of(client.chain), client.parameters, images, labels))
-        for images, labels in [(client.images, np.stack([dense, HARD, MIXED]).astype(np.float32))]
-    )
-    good = client.gradients
-    mixed = {"head": good["head"], "conv": jax.tree.map(lambda leaf: leaf[[1, 0, 2]], good["conv"])}
+    labels = np.stack([dense, HARD, MIXED]).astype(np.float32)
+    network = apply_function(LeNet(CLASSES))
+    unknown = jax.device_get(per_sample_model_gradients(network, lenet.parameters, lenet.images, labels))
+    good = lenet.gradients
+    mixed = good | {"conv1": jax.tree.map(lambda leaf: leaf[[1, 0, 2]], good["conv1"])}
     sources = [(unknown, 0), (jax.tree.map(np.zeros_like, good), 0), (mixed, 0), (good, 1)]
     gradients = jax.tree.map(lambda *leaves: np.stack(leaves), *(jax.tree.map(lambda a: a[i], g) for g, i in sources))  # noqa: B023
-    found = client.invert(gradients)
+    found = lenet.invert(gradients)
     assert image_verdict_names(found.verdict[:, 0]).tolist() == ["not_found", "not_found", "inconsistent", "exact"]
     for values in (found.images[:2], found.residual[:2], found.expected_error[:2], found.condition[:2]):
         assert np.all(np.isnan(values))
-    np.testing.assert_allclose(found.images[3], client.invert().images[1], atol=1e-6)
+    np.testing.assert_allclose(found.images[3], lenet.invert().images[1], atol=1e-6)
 
 
 def test_nothing_found_at_all(small_convolution: Client) -> None:

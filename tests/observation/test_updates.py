@@ -225,17 +225,17 @@ def test_noise_on_the_bias_moves_the_length_of_the_feature(draw: Callable, asser
 
 
 def test_batch_behind_an_update_of_unknown_rate() -> None:
-    """One float32 step of a head from the mean loss of two examples: labels to the noise of rounding, and the rate."""
+    """One float32 step of a head from the mean loss of four examples: labels to the noise of rounding, and the rate."""
     rng = np.random.default_rng(3)
-    weight = rng.uniform(-0.5, 0.5, (30, 64)).astype(np.float32)
-    features = rng.uniform(0, 1, (2, 64))
-    labels = np.full((2, 30), 0.2 / 30)
-    labels[[0, 1], [4, 17]] += 0.8
+    weight = rng.uniform(-0.5, 0.5, (40, 64)).astype(np.float32)
+    features = rng.uniform(0, 1, (4, 64))
+    labels = np.full((4, 40), 0.2 / 40)
+    labels[np.arange(4), [4, 17, 25, 33]] += 0.8
     powers = np.exp(features @ weight.T.astype(np.float64))
     error = powers / powers.sum(axis=1, keepdims=True) - labels
-    after = (weight - 0.3 * error.T @ features / 2).astype(np.float32)
+    after = (weight - 0.3 * error.T @ features / 4).astype(np.float32)
     update = observe_update({"head": {"weight": weight}}, {"head": {"weight": after}})
-    found = recover_update(update, batch_size=2)
+    found = recover_update(update, batch_size=4)
     assert np.all(found.verdict == Verdict.UNIQUE)
     order = np.argsort(found.label.argmax(axis=1))
     deviation = found.label_deviation[order].max(axis=1, keepdims=True)
