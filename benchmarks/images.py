@@ -1,18 +1,18 @@
 """How exactly do images come back, layer by layer? LeNet and FCN-4 on real images, the label format not told.
 
-    python benchmarks/images.py [--dataset cifar10] [--data-dir DIR] [--images 100] [--json FILE] [--figure FILE.png]
+    python benchmarks/images.py [--dataset cifar10] [--data-dir DIR] [--images 100] [--quick | --full] [--seeds 5]
                                 [--networks untrained smoothing mixup generic fcn4]
 
 Networks: LeNet with the paper's initial weights U(-0.5, 0.5), untrained, and trained from these with smoothing and with
 mixup (Adam, rate 1e-3, 5 epochs); `generic`: trained with smoothing from weights U(-1, 1) / sqrt(fan-in) instead, whose
 convolutions are worse conditioned; FCN-4 untrained on 64x64 images (photographs). float32 gradients; PSNR in decibels.
-Seconds an image after compilation. Failures are counted, never redrawn: an image not found counts as 0 dB.
+Seconds an image after compilation. Failures are counted, never redrawn: an image not found counts as 0 dB. The plot
+shows the first image of each row. There is one network of each kind: `--seeds` has no effect.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from clients import load_data
-from rich.console import Console
-from rich.table import Table
+from runner import Run, add_data_options, option_parser
 
 from softinv_jax.client import (
     FCN4,
@@ -126,45 +125,42 @@ def measure(
     return row, ImageExample(family.replace("_", " "), original[0], recovered[0], name, note)
 
 
+COLUMNS = {
+    "network": lambda row: row["network"],
+    "format": lambda row: row["format"],
+    "exact": lambda row: f"{row['verdicts']['exact']} of {row['images']}",
+    "median PSNR": lambda row: f"{row['median_psnr']:.1f}",
+    "worst": lambda row: f"{row['worst_psnr']:.1f}",
+    "SSIM": lambda row: f"{row['median_ssim']:.4f}",
+    "error / expected, median and largest": lambda row: (
+        f"{row['error_over_expected']:.1f}, {row['largest_error_over_expected']:.1f}"
+    ),
+    "largest label error": lambda row: f"{row['largest_label_error']:.0e}",
+    "seconds an image": lambda row: f"{row['seconds_per_image']:.2f}",
+}
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="cifar10", help="a prepared TFDS data set, or 'photographs'")
-    parser.add_argument("--data-dir", help="TFDS data directory (default: TFDS_DATA_DIR)")
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--figure", metavar="FILE.png")
+    parser = option_parser(__doc__)
+    add_data_options(parser)
+    parser.add_argument("--images", type=int, help="of each network and format")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     arguments = parser.parse_args()
+    run = Run("images", arguments)
+    arguments.images = arguments.images or run.size(2, 100, 100)
+    arguments.networks = arguments.networks or (["untrained"] if arguments.quick else list(NETWORKS))
     training, test, _ = load_data(arguments)
     test = test.with_statistics_of(training)
-    table = Table(title=f"Images from one float32 gradient each, {arguments.dataset}")
-    for column in ("network", "format", "images", "exact", "PSNR", "worst", "SSIM", "error / expected", "s / image"):
-        table.add_column(column)
-    rows, examples = [], []
+    examples = []
     for name, network, chain, parameters, data, count in networks(arguments, training, test):
         for family in FORMATS:
             row, example = measure(network, chain, parameters, data, family, count)
-            rows.append({"network": name} | row)
+            run.add(network=name, **row)
             examples.append(example)
-            print(json.dumps(rows[-1]), flush=True)
-            table.add_row(
-                name,
-                family,
-                str(count),
-                str(row["verdicts"]["exact"]),
-                f"{row['median_psnr']:.1f}",
-                f"{row['worst_psnr']:.1f}",
-                f"{row['median_ssim']:.4f}",
-                f"{row['error_over_expected']:.1f} (at most {row['largest_error_over_expected']:.1f})",
-                f"{row['seconds_per_image']:.2f}",
-            )
-    Console(width=150).print(table)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"jax": jax.__version__, "rows": rows}, file, indent=2)
-    if arguments.figure:
-        images_figure(examples, f"Images from one gradient each, {arguments.dataset}").savefig(arguments.figure)
+    title = f"Images from one float32 gradient each, {arguments.dataset}"
+    lenet = [one for one, row in zip(examples, run.rows, strict=True) if not row["network"].startswith("FCN")]
+    run.finish(title, COLUMNS, (lambda rows: images_figure(lenet, title)) if lenet else None)
 
 
 if __name__ == "__main__":

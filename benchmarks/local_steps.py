@@ -1,25 +1,22 @@
 """What do several local steps cost? Labels from the parameters before and after K steps on one example, LeNet.
 
-    python benchmarks/local_steps.py [--images 20] [--head-bias] [--unknown-rate] [--json FILE]
+    python benchmarks/local_steps.py [--images 20] [--head-bias] [--unknown-rate] [--quick | --full] [--seeds 5]
 
 A client trains an untrained LeNet (C = 10, float32) on one photograph for K steps of plain gradient descent and sends
 its parameters back. The observer is told K and the learning rate (or not the rate: --unknown-rate), and takes the
 average gradient of the K steps for the gradient at the parameters it sent. Half of the labels are smoothed, half mixed.
 Counted for each K and rate: verdicts; labels called unique that are wrong by more than ten of their own deviations; how
 often the largest entry of the label is right; the median over examples of the largest error of the label, where one is
-given. Failures are never redrawn.
+given. Failures are never redrawn. There is one network: `--seeds` has no effect.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from runner import Run, option_parser
 
 from softinv_jax import observe_update, recover_update
 from softinv_jax.client import LeNet, apply_function, initialise, load_photographs, sample_batch
@@ -72,38 +69,39 @@ def measure(parameters: Any, returned: Any, labels: np.ndarray, steps: int, rate
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--head-bias", action="store_true")
-    parser.add_argument("--unknown-rate", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
-    arguments = parser.parse_args()
+COLUMNS = {
+    "K": lambda row: row["steps"],
+    "rate": lambda row: f"{row['rate']:g}",
+    "verdicts": lambda row: ", ".join(f"{count} {name}" for name, count in row["verdicts"].items()),
+    "wrong unique": lambda row: row["wrong_unique"],
+    "largest entry right": lambda row: f"{row['largest_entry_right']} of {row['examples']}",
+    "median error": lambda row: "-" if row["median_error"] is None else f"{row['median_error']:.1e}",
+}
 
+
+def main() -> None:
+    """Command line."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--images", type=int, help="half of them with smoothed, half with mixed labels")
+    parser.add_argument("--head-bias", action="store_true")
+    parser.add_argument("--unknown-rate", action="store_true", help="the observer is not told the learning rate")
+    arguments = parser.parse_args()
+    run = Run("local_steps", arguments)
+    count = arguments.images or run.size(2, 20, 100)
     data = load_photographs(split="test", per_class=10)
     network = LeNet(CLASSES, head_bias=arguments.head_bias)
     parameters = jax.device_get(initialise(network, jax.random.key(0), data.images.shape[1:]))
-    half = arguments.images // 2
     batches = [
-        sample_batch(jax.random.key(3), family, data.normalised(), data.classes, CLASSES, count)
-        for family, count in zip(FORMATS, (arguments.images - half, half), strict=True)
+        sample_batch(jax.random.key(3), family, data.normalised(), data.classes, CLASSES, size)
+        for family, size in zip(FORMATS, (count - count // 2, count // 2), strict=True)
     ]
     images, labels = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("images", "labels"))
-    table = Table("K", "rate", "verdicts", "wrong unique", "largest entry right", "median error")
-    rows = []
-    for steps in STEPS:
+    for steps in STEPS[: run.size(1, len(STEPS), len(STEPS))]:
         for rate in RATES:
             returned = clients(network, parameters, images, labels, steps, rate)
-            row = measure(parameters, returned, labels, steps, rate, not arguments.unknown_rate)
-            rows.append(row)
-            counts = ", ".join(f"{count} {name}" for name, count in row["verdicts"].items())
-            error = "-" if row["median_error"] is None else f"{row['median_error']:.1e}"
-            right = f"{row['largest_entry_right']}/{row['examples']}"
-            table.add_row(str(steps), f"{rate:g}", counts, str(row["wrong_unique"]), right, error)
-    Console(width=120).print(table)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+            run.add(**measure(parameters, returned, labels, steps, rate, not arguments.unknown_rate))
+    known = "not told" if arguments.unknown_rate else "told"
+    run.finish(f"Labels behind K local steps, LeNet on photographs, learning rate {known}", COLUMNS)
 
 
 if __name__ == "__main__":

@@ -170,10 +170,11 @@ def _undo_activation(layer: Activation, known: _Known) -> _Known:
 def _undo_dense(kernel: jax.Array, gradient: jax.Array, known: _Known, unit_roundoff: float) -> tuple[_Known, _Met]:
     """H = pinv(delta)^T G^T. The large products stay in the gradient's own dtype: they are exact enough."""
     dual, condition = _dual(known.delta)
-    value = jnp.matmul(dual.astype(gradient.dtype), gradient.T, precision="highest").astype(known.value.dtype)
+    # Matrix times vectors, as the matrix lies in memory: transposed, XLA would copy it first.
+    value = jnp.matmul(gradient, dual.astype(gradient.dtype).T, precision="highest").T.astype(known.value.dtype)
     noise = unit_roundoff * jnp.max(jnp.abs(gradient)) * jnp.sqrt(jnp.sum(dual**2, axis=1))[:, None]
     deviation = noise + unit_roundoff * jnp.abs(value)
-    delta = jnp.matmul(known.delta.astype(kernel.dtype), kernel.T, precision="highest").astype(known.delta.dtype)
+    delta = jnp.matmul(kernel, known.delta.astype(kernel.dtype).T, precision="highest").T.astype(known.delta.dtype)
     evidence = _Met(condition, jnp.zeros(()), jnp.zeros((), jnp.int32))
     return _Known(value, deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta)), evidence
 

@@ -76,6 +76,8 @@ def invert(
     residual, expected = np.full(total, np.nan), np.full((total, batch_size), np.nan)
     condition, misfit = np.full((total, len(names)), np.nan), np.full((total, len(names)), np.nan)
     determined = all(count.determined for count in counts)
+    with jax.enable_x64(True):  # Copied once, not once an image.
+        parameters = jax.tree.map(jnp.asarray, parameters)
 
     def one(index: int) -> tuple[ChainInversion, float]:
         return _invert_one(chain, parameters, _pick(gradients, index), features[index], image_shape)
@@ -118,6 +120,7 @@ def _invert_one(
 ) -> tuple[ChainInversion, float]:
     roundoff = float(np.finfo(_dtype(gradients, chain)).eps) / 2
     with jax.enable_x64(True):
+        gradients = jax.device_put(gradients, may_alias=True)
         inversion = jax.device_get(
             _compiled(
                 chain, parameters, gradients, jnp.asarray(features, jnp.float64), image_shape, unit_roundoff=roundoff

@@ -19,8 +19,10 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = (
     "batches",
     "hard_labels",
+    "images",
     "images_by_label_mode",
     "labels",
+    "local_steps",
     "noise",
     "peers",
     "soft_labels",
