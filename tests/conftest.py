@@ -103,7 +103,9 @@ def draw_sample(
 
 def jit_quickly(function: Callable, **options: Any) -> Callable:
     """`jax.jit` to machine code that takes a third of the time to make, and runs slower; it runs only a few times."""
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    if jax.__version_info__ < (0, 11):  # Newer ones have it no more.
+        quick["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(function, compiler_options=quick, **options)
 
 
