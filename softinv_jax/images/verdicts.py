@@ -39,8 +39,9 @@ class ImageRecovery:
       images: (N, B, H, W, channels) on the scale of the model's input; NaN where not found.
       labels: (N, B, C) and features: (N, B, d) they rest on. label_verdict: (N, B) int32, a `labels.verdicts.Verdict`.
       verdict: (N, B) int32, an `ImageVerdict`.
-      residual: (N,) relative distance between the gradient of the images and the one observed, the largest over the
-        parameters; NaN where not all examples were found.
+      residual: (N,) relative distance between the gradient of the images and the one observed: the largest over the
+        parameters, or of all of them together where images were matched and not refined; NaN where not all examples
+        were found.
       expected_error: (N, B) root mean square over the image's entries that the gradient's rounding leads one to expect;
         of the layer-by-layer inversion, before any refinement.
       condition: (N, L) of each layer's equations, in the order of `layers`, scaled to columns of length one; as far as
