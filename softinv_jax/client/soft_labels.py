@@ -223,8 +223,11 @@ def sample_batch(
             "Use a pool with more classes."
         )
     ranges = {"smoothing_range": smoothing_range, "mixup_range": mixup_range}
-    settings = (family, number_of_classes, count, parts)
-    return _sample_batch(key, pool, jnp.asarray(pool_classes, jnp.int32), ranges, settings)
+    # With the pool sorted by class, a member of a class is an offset into that class's block.
+    order = np.argsort(pool_classes, kind="stable").astype(np.int32)
+    sizes = np.bincount(pool_classes, minlength=number_of_classes).astype(np.int32)
+    chosen, members, keys = _choose(key, jnp.asarray(order), jnp.asarray(sizes), count, parts)
+    return _compose_all(keys, pool, members, chosen, ranges, family, number_of_classes)
 
 
 def _check_pool(images: jax.Array, classes: np.ndarray, number_of_classes: int) -> None:
@@ -239,23 +242,40 @@ def _check_pool(images: jax.Array, classes: np.ndarray, number_of_classes: int) 
         raise ValueError(f"Classes go from {limits}, outside number_of_classes={number_of_classes}. Raise it.")
 
 
-@partial(jax.jit, static_argnames="settings")
-def _sample_batch(
-    key: jax.Array, images: jax.Array, classes: jax.Array, ranges: Any, settings: tuple[str, int, int, int]
-) -> SoftLabelBatch:
-    family, number_of_classes, count, parts = settings
-    # With the pool sorted by class, a member of a class is an offset into that class's block.
-    order = jnp.argsort(classes)
-    sizes = jnp.bincount(classes, length=number_of_classes)
+# Two programs: the choice, most of the time to compile, is the same for many families.
+@partial(jax.jit, static_argnums=(3, 4))
+def _choose(
+    key: jax.Array, order: jax.Array, sizes: jax.Array, count: int, parts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Classes (N, k) and images (N, k) of each example, as indices, and its key for all that is left.
+
+    order: (M,) the pool sorted by class. sizes: (C,) of each class.
+    """
     starts = jnp.cumsum(sizes) - sizes
 
-    def draw(example_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(example_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         key_classes, key_members, key_compose = jax.random.split(example_key, 3)
         # Gumbel top-k on log sizes: classes without repetition, each drawn in proportion to its size.
-        scores = jax.random.gumbel(key_classes, (number_of_classes,), jnp.float32) + jnp.log(sizes)
+        scores = jax.random.gumbel(key_classes, sizes.shape, jnp.float32) + jnp.log(sizes)
         _, chosen = jax.lax.top_k(scores, parts)
         members = starts[chosen] + jax.random.randint(key_members, (parts,), 0, sizes[chosen])
-        return compose(key_compose, family, images[order[members]], chosen, number_of_classes, **ranges)
+        return chosen, order[members], key_compose
 
-    mixed, labels = jax.vmap(draw)(jax.random.split(key, count))
+    return jax.vmap(draw)(jax.random.split(key, count))
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _compose_all(
+    keys: jax.Array,
+    images: jax.Array,
+    members: jax.Array,
+    classes: jax.Array,
+    ranges: Any,
+    family: str,
+    number_of_classes: int,
+) -> SoftLabelBatch:
+    def one(key: jax.Array, own: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return compose(key, family, images[own], classes, number_of_classes, **ranges)
+
+    mixed, labels = jax.vmap(one)(keys, members, classes)
     return SoftLabelBatch(images=mixed, labels=labels)
