@@ -137,11 +137,10 @@ def _recover_batch(
     found: list[Component] = []
     joint = None
     divisor = Divisor(math.nan) if unknown_scale else Divisor(usual)
-    if singular_values[0] == 0:
-        pass
-    elif unknown_scale:
+    has_signal = singular_values[0] > 0
+    if has_signal and unknown_scale:
         divisor, found, joint = search_any_scale(subspace, progress, total)
-    else:
+    elif has_signal:
         found, joint = search_batch(subspace, divisor, progress, total)
     return _finish(observation, gradient, subspace, right, singular_values, (divisor, found, joint), usual, total)
 

@@ -348,7 +348,8 @@ def strongest_residual(subspace: BatchSubspace, components: Component) -> jax.Ar
         # Leaving one class aside removes all of its own residual, and none of what it dragged along: the larger its
         # leverage, the more of the whole it stands for.
         eliminator = eliminate_linear(subspace, component.targets, 1 / component.deviation)
-        share = jnp.maximum(1 - jnp.sum(eliminator.columns**2, axis=1), 1e-9)
-        return jax.lax.top_k(jnp.where(taken, -jnp.inf, standardised / jnp.sqrt(share)), 2)[1].astype(jnp.int32)
+        return jax.lax.top_k(jnp.where(taken, -jnp.inf, standardised / jnp.sqrt(eliminator.share())), 2)[1].astype(
+            jnp.int32
+        )
 
     return jax.vmap(one)(components)

@@ -29,6 +29,10 @@ class Eliminator(NamedTuple):
         weighted = self.weights[:, None] * values
         return weighted - self.columns @ (self.columns.T @ weighted)
 
+    def share(self) -> jax.Array:
+        """(C,) how much of a residual of its own each class keeps: what is left is absorbed (its leverage)."""
+        return jnp.maximum(1 - jnp.sum(self.columns**2, axis=1), 1e-9)
+
     def solution(self, values: jax.Array) -> jax.Array:
         """(C, n) -> (B + 1, n) that best beta, and c in the last row."""
         return self.inverse @ (self.columns.T @ (self.weights[:, None] * values))

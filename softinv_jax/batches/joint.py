@@ -179,9 +179,7 @@ def fit_jointly(
     flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel(), jnp.zeros((1,))])
     # The best known rows count only as far as the fit has got to, so that they do not hide all others.
     tolerances = jnp.array([1.0, 1.0, 1.0, 0.0])
-    equations = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit, flat, tolerances[0])[1]
-    )
+    equations = jax.tree.map(jnp.zeros_like, jax.eval_shape(fit, flat, tolerances[0])[1])
     flat, equations = jax.lax.fori_loop(
         0, tolerances.size, lambda number, state: fit(state[0], tolerances[number]), (flat, equations)
     )

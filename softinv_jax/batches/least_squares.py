@@ -54,7 +54,7 @@ def minimise(
         return count + 1, done, kept[0], next_damping, kept[1]
 
     # The first step evaluates the start, so that the equations are compiled once: nothing pulls, and all is better.
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(equations, start))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(equations, start))
     state = (
         jnp.int32(-1),
         jnp.asarray(False),

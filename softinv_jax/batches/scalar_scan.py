@@ -44,9 +44,8 @@ def scan_rays(subspace: BatchSubspace, rays: jax.Array, classes: jax.Array) -> t
         uniform = eliminate.weights / jnp.sqrt(jnp.sum(eliminate.weights**2))
         weighted = eliminate.weights[:, None] * prediction
         spread = jnp.sqrt(jnp.sum((weighted - uniform[:, None] * (uniform @ weighted)[None, :]) ** 2, axis=0))
-        # A residual that the eliminated unknowns have absorbed in part stands for more (its leverage).
-        share = jnp.maximum(1 - jnp.sum(eliminate.columns**2, axis=1), 1e-9)
-        relative = jnp.abs(residual) / jnp.sqrt(share)[:, None] / jnp.maximum(spread, 1e-300)[None, :]
+        # A residual that the eliminated unknowns have absorbed in part stands for more.
+        relative = jnp.abs(residual) / jnp.sqrt(eliminate.share())[:, None] / jnp.maximum(spread, 1e-300)[None, :]
         largest = jax.lax.top_k(relative.T, OUTLIERS)[0]
         loss = jnp.sqrt(jnp.maximum(jnp.sum(relative**2, axis=0) - jnp.sum(largest**2, axis=1), 0.0))
         padded = jnp.pad(loss, 1, constant_values=jnp.inf)

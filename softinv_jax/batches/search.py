@@ -28,10 +28,10 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["NEARLY_DUAL", "search_batch"]
 
-# Rounds of search, each from what the examples found so far leave of the gradient: along single rows, where an equation
-# has more classes than unknowns to tell the size by; then
+# Rounds of search, each from what the examples found so far leave of the gradient: first, where an equation has more
+# classes than unknowns to tell sizes by, along single rows (None); then with a factor on the starts, and whether pairs
+# of classes start from either row (see `propose`).
 RAY_ROUNDS = (None, None)
-# with a factor on the starts, and whether pairs of classes start from either row (see `propose`).
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True), (1.5, False), (4.0, True), (0.6, False))
 LONG = 200  # Steps for those few that are worth it.
 POLISHING = 30  # Steps for what is nearly there already.

@@ -158,17 +158,18 @@ def check_finite(name: str, value: jax.Array) -> None:
     """Raise ValueError where a concrete array holds NaN or infinite entries, naming the first."""
     if isinstance(value, jax.core.Tracer):
         return  # Values are unknown while tracing; the recovery then gives NaN and an honest verdict.
+    array = np.asarray(value)
     # One pass without a second array: a sum hides no NaN and no infinity.
     with np.errstate(all="ignore"):
-        total = np.sum(np.asarray(value))
+        total = np.sum(array)
     if np.isfinite(total):
         return
-    finite = np.isfinite(np.asarray(value))
+    finite = np.isfinite(array)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
         count = int((~finite).sum())
         raise ValueError(
-            f"{name} holds {count} entries that are not finite, the first {np.asarray(value)[index]} at index"
+            f"{name} holds {count} entries that are not finite, the first {array[index]} at index"
             f" {index}; leave out the samples concerned"
         )
 

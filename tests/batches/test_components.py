@@ -50,7 +50,7 @@ def test_outer_products_are_dual() -> None:
 def test_truth_solves_the_equation() -> None:
     weight, features, labels, prediction, gradient = draw(1)
     subspace, right = subspace_of(weight, gradient)
-    start = features @ np.asarray(right)
+    start = features @ right
     targets = np.array([[3 * k, -1] for k in range(SIZE)], np.int32)
     weights = starting_weights(subspace, jnp.asarray(start), jnp.asarray(targets))
     found = solve_components(subspace, jnp.asarray(start), jnp.asarray(targets), weights, Divisor(SIZE), 0)
@@ -65,7 +65,7 @@ def test_elimination_is_weighted_least_squares() -> None:
     weight, features, _, _, gradient = draw(2)
     subspace, right = subspace_of(weight, gradient)
     rng = np.random.default_rng(3)
-    point = features[0] @ np.asarray(right) * 1.2
+    point = features[0] @ right * 1.2
     targets = np.array([[0, 7]], np.int32)
     own = jnp.asarray(rng.uniform(0.5, 2, (1, CLASSES)) / np.asarray(subspace.noise))
     found = solve_components(subspace, jnp.asarray(point[None]), jnp.asarray(targets), own, Divisor(SIZE), 0)
@@ -92,7 +92,7 @@ def test_strongest_residual_names_the_missing_class() -> None:
     labels[0, [0, 20]] = 0.6, 0.4
     gradient = (prediction - labels).T @ features / SIZE
     subspace, right = subspace_of(weight, gradient)
-    start = jnp.asarray((features[0] @ np.asarray(right))[None])
+    start = jnp.asarray((features[0] @ right)[None])
     weights = 1 / subspace.noise[None]
     found = solve_components(subspace, start, jnp.asarray([[0, -1]], jnp.int32), weights, Divisor(SIZE), 0)
     assert 20 in np.asarray(strongest_residual(subspace, found))[0]
@@ -104,7 +104,7 @@ def test_deviations_cover_the_errors() -> None:
     for seed in range(12):
         weight, features, labels, _, gradient = draw(seed, noise=1e-7)
         subspace, right = subspace_of(weight, gradient)
-        start = jnp.asarray(features @ np.asarray(right))
+        start = jnp.asarray(features @ right)
         targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
         weights = jnp.ones((SIZE, CLASSES))
         rough = solve_components(subspace, start, targets, weights, Divisor(SIZE), ITERATIONS)
@@ -125,7 +125,7 @@ def test_duality_deviation_is_what_noise_makes_of_duality() -> None:
     for seed in range(12):
         weight, features, _, _, gradient = draw(seed, noise=1e-7)
         subspace, right = subspace_of(weight, gradient)
-        start = jnp.asarray(features @ np.asarray(right))
+        start = jnp.asarray(features @ right)
         targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
         weights = starting_weights(subspace, start, targets)
         found = solve_components(subspace, start, targets, weights, Divisor(SIZE), 0)
@@ -154,7 +154,7 @@ def test_joint_fit_finds_back_to_the_truth() -> None:
     """From a point 2 % away the fit ends where it ends from the truth."""
     weight, features, labels, _, gradient = draw(5, noise=1e-7)
     subspace, right = subspace_of(weight, gradient)
-    start = jnp.asarray(features @ np.asarray(right))
+    start = jnp.asarray(features @ right)
     targets = jnp.asarray([[3 * k, -1] for k in range(SIZE)], jnp.int32)
     exact = fit_jointly(subspace, start, jnp.full((SIZE, 2), 0.8), targets, Divisor(SIZE))
     moved = fit_jointly(subspace, 1.02 * start, jnp.full((SIZE, 2), 0.7), targets, Divisor(SIZE))
@@ -197,7 +197,7 @@ def test_joint_fit_expects_the_rounding_of_a_float32_client(seed: int, ordered: 
     subspace, right, _ = batch_subspace(
         jnp.asarray(weight, jnp.float64), jnp.asarray(gradient), size, np.dtype(np.float32), has_bias=False
     )
-    start = jnp.asarray(feature.astype(np.float64) @ np.asarray(right))
+    start = jnp.asarray(feature.astype(np.float64) @ right)
     targets = jnp.asarray([[3, -1], [7, -1]], jnp.int32)
     weights = jnp.asarray(np.stack([1 - strength, np.zeros(size)], axis=1))
     fit = fit_jointly(subspace, start, weights, targets, Divisor(size))
@@ -217,7 +217,7 @@ def test_a_ray_tells_the_size_and_a_second_class_of_little_weight() -> None:
     subspace, right = subspace_of(weight, (prediction - labels).T @ features / size, size)
     rows = np.asarray(subspace.left) * np.asarray(subspace.singular_values)
     points, worst, valid = scan_rays(subspace, -size * jnp.asarray(rows[[5]]), jnp.array([5], jnp.int32))
-    true = features[0] @ np.asarray(right)
+    true = features[0] @ right
     # Neighbouring sizes are 5 % apart, and the other examples' softmax of this class bends the ray.
     (near,) = np.flatnonzero(
         valid[0] & (np.linalg.norm(np.asarray(points[0]) - true, axis=1) < 0.1 * np.linalg.norm(true))
