@@ -27,6 +27,8 @@ if importlib.util.find_spec("softinv_jax") is None:
     address = "softinv_jax @ git+https://github.com/{REPOSITORY}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", address], check=True)
 
+# Shows figures as pictures.
+%matplotlib inline
 import jax
 
 print("jax", jax.__version__, "on", ", ".join(str(device) for device in jax.devices()))"""
