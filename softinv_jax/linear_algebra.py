@@ -65,14 +65,14 @@ def orthonormal_columns(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Orthonormal columns that span those of a matrix: Gram-Schmidt, each column twice (Giraud et al. 2005).
 
     Args:
-      matrix: (m, n), floating, of full rank n <= m.
+      matrix: (m, n), floating, n <= m, of full rank but for columns of zeros.
 
     Returns:
-      (m, n) columns Q and (n, n) upper triangular T with Q = matrix T.
+      (m, n) columns Q and (n, n) upper triangular T with Q = matrix T; columns of zeros stay so.
     """
     size = matrix.shape[1]
     index = jnp.arange(size, dtype=jnp.int32)
-    norms = jnp.maximum(jnp.sqrt(jnp.sum(matrix**2, axis=0)), 1e-300)
+    norms = _or_one(jnp.sqrt(jnp.sum(matrix**2, axis=0)))
 
     def step(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         columns, mixing = state
@@ -81,8 +81,12 @@ def orthonormal_columns(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         for _ in range(2):
             share = jnp.where(index < number, own @ columns, 0.0)
             own, mixed = own - columns @ share, mixed - mixing @ share
-        norm = jnp.maximum(jnp.sqrt(jnp.sum(own**2)), 1e-300)
+        norm = _or_one(jnp.sqrt(jnp.sum(own**2)))
         columns = jax.lax.dynamic_update_index_in_dim(columns, own / norm, number, 1)
         return columns, jax.lax.dynamic_update_index_in_dim(mixing, mixed / norm, number, 1)
 
     return jax.lax.fori_loop(0, size, step, (matrix / norms[None, :], jnp.diag(1 / norms)))
+
+
+def _or_one(norm: jax.Array) -> jax.Array:
+    return jnp.where(norm == 0, 1.0, norm)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softinv_jax.linear_algebra import DIRECT_SIZE, inverse_and_log_determinant
+from softinv_jax.linear_algebra import DIRECT_SIZE, inverse_and_log_determinant, orthonormal_columns
 
 
 def positive_definite(size: int, seed: int = 0) -> np.ndarray:
@@ -71,3 +71,15 @@ def test_vmap_is_the_loop() -> None:
         together, _ = jax.jit(jax.vmap(inverse_and_log_determinant))(jnp.asarray(matrices))
     apart = np.stack([invert(matrix)[0] for matrix in matrices])
     np.testing.assert_allclose(together, apart, rtol=1e-11, atol=1e-13)
+
+
+def test_columns_are_orthonormal_and_zeros_stay() -> None:
+    matrix = np.random.default_rng(3).normal(size=(9, 5)) * np.logspace(-30, 30, 5)
+    matrix[:, 2] = 0
+    with jax.enable_x64(True):
+        columns, mixing = jax.tree.map(np.asarray, jax.jit(orthonormal_columns)(jnp.asarray(matrix)))
+    kept = [0, 1, 3, 4]
+    np.testing.assert_allclose(columns[:, kept].T @ columns[:, kept], np.eye(4), atol=1e-14)
+    np.testing.assert_allclose(matrix @ mixing, columns, atol=1e-12)
+    assert not columns[:, 2].any()
+    np.testing.assert_array_equal(mixing, np.triu(mixing))

@@ -20,6 +20,7 @@ from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = [
+    "accepted",
     "cliques",
     "cost",
     "distinct",
@@ -115,6 +116,25 @@ def distinct(pool: list[Component], values: np.ndarray, most: int) -> list[Compo
         ):
             kept.append(one)
     return kept
+
+
+def accepted(
+    subspace: BatchSubspace, solved: Component, found: list[Component], rejected: list[Component]
+) -> list[Component]:
+    """Plausible solutions, the likeliest first, each different from all others."""
+    values = np.asarray(subspace.singular_values)
+    candidates = sorted((one for one in split(solved) if is_plausible(one)), key=cost)
+    taken: list[Component] = []
+    for one in candidates:
+        if len(found) + len(taken) >= values.size:
+            break
+        again = any(
+            np.max(np.abs(one.label - other.label)) <= TOLERANCE * np.max(one.label_deviation + other.label_deviation)
+            for other in rejected
+        )
+        if not again and not any(is_same(one, other, values) for other in found + taken):
+            taken.append(one)
+    return taken
 
 
 def overlaps(pool: list[Component], values: np.ndarray) -> np.ndarray:

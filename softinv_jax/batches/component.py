@@ -110,16 +110,16 @@ def _equations(
     divisor: Divisor,
     duality_weight: float | jax.Array,
 ) -> _Equations:
-    directions, values = subspace.directions, subspace.singular_values
-    rank = values.size
+    directions, coupling = subspace.directions, subspace.coupling
+    rank = coordinates.size
     prediction = jax.nn.softmax(directions @ coordinates)
     slope = prediction[:, None] * (directions - (prediction @ directions)[None, :])
     stacked = jnp.concatenate([prediction[:, None], slope], axis=1)
     residual = eliminator.residual(stacked)
     dual = eliminator.solution(stacked)[:rank]
-    scaled = coordinates / values / divisor.value
+    scaled = coordinates @ coupling / divisor.value
     duality = scaled @ dual[:, 0] - 1
-    duality_slope = dual[:, 0] / values / divisor.value + scaled @ dual[:, 1:]
+    duality_slope = coupling @ dual[:, 0] / divisor.value + scaled @ dual[:, 1:]
     constant = subspace.constant @ coordinates - jnp.any(subspace.constant != 0)
     extra = jnp.stack([duality_weight * duality, constant])
     extra_slope = jnp.stack([duality_weight * duality_slope, subspace.constant])
@@ -188,7 +188,7 @@ def _divisor_deviation(
 ) -> jax.Array:
     """() relative standard deviation of x^T G^+ g: of the noise on G itself, and of beta from its own equations."""
     values = subspace.singular_values
-    scaled = coordinates / values
+    scaled = coordinates @ subspace.coupling
     # To first order noise E changes x^T G^+ g by x^T G^+ E G^+ g (Golub and Pereyra 1973), and E has deviation 1 here.
     noise = jnp.sqrt(jnp.sum(scaled**2) * jnp.sum((dual / values) ** 2))
     own = jnp.sqrt(jnp.sum((scaled @ eliminator.inverse[: values.size]) ** 2))
@@ -232,7 +232,6 @@ def _describe(
     subspace: BatchSubspace, coordinates: jax.Array, targets: jax.Array, weights: jax.Array, divisor: Divisor
 ) -> Component:
     """The label at given coordinates, with how exactly the gradient's noise lets it be known."""
-    values = subspace.singular_values
     number_of_classes, rank = subspace.left.shape
     used = targets >= 0
     singled = singled_out(targets, number_of_classes)
@@ -246,10 +245,10 @@ def _describe(
     label = prediction - subspace.left @ dual
     residual = equations.residual[:number_of_classes]
     # Of a, beta and c, duality takes one, if D is known.
-    unknowns = 2 * rank + 1 - jnp.isfinite(divisor.deviation)
+    unknowns = rank + jnp.sum(jnp.any(subspace.directions != 0, axis=0)) + 1 - jnp.isfinite(divisor.deviation)
     freedom = jnp.maximum(number_of_classes - jnp.sum(used) - unknowns, 1)
     misfit = jnp.sqrt(jnp.sum(residual**2) / freedom)
-    own_divisor = (coordinates / values) @ dual
+    own_divisor = coordinates @ subspace.coupling @ dual
     divisor_deviation = _divisor_deviation(subspace, eliminator, coordinates, dual)
     duality = own_divisor / divisor.value - 1
     duality_deviation = jnp.hypot(divisor_deviation, divisor.deviation)
@@ -326,7 +325,7 @@ def starting_weights(subspace: BatchSubspace, starts: jax.Array, targets: jax.Ar
 
 def prediction_error(subspace: BatchSubspace, coordinates: jax.Array, prediction: jax.Array) -> jax.Array:
     """(C,) standard deviation of the softmax at given a: from the noise on V, and the client's own rounding."""
-    feature = jnp.sqrt(jnp.sum((coordinates / subspace.singular_values) ** 2))
+    feature = jnp.sqrt(jnp.sum((coordinates @ subspace.coupling) ** 2))
     logits = jnp.abs(subspace.directions @ coordinates)
     summed = subspace.summation * jnp.sqrt(jnp.sum(coordinates**2))
     logit = jnp.hypot(subspace.weight_norm * feature, subspace.roundoff * (logits + summed))

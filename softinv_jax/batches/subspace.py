@@ -33,6 +33,7 @@ class BatchSubspace:
       left: (C, B) R U. singular_values: (B,) S, in units of the noise.
       directions: (C, B) W V, so that the logits of x = V a are `directions @ a`. V itself is not among them: the search
         is one compiled program for features of any size.
+      coupling: (B, B) S^-1: x^T G^+ g is a @ coupling @ beta.
       weight_norm: (C,) |W_j|.
       summation: (C,) standard deviation of a logit from the rounding of its partial sums, in unit roundoffs of |x|.
       constant: (B,) last row of V: constant . a = 1 for a head with a bias. Zeros without one.
@@ -45,6 +46,7 @@ class BatchSubspace:
     left: jax.Array
     singular_values: jax.Array
     directions: jax.Array
+    coupling: jax.Array
     weight_norm: jax.Array
     summation: jax.Array
     constant: jax.Array
@@ -141,6 +143,7 @@ def batch_subspace(
         left=jnp.asarray(noise[:, None] * left[:, :rank]),
         singular_values=jnp.asarray(values[:rank]),
         directions=weight @ basis,
+        coupling=jnp.diag(1 / jnp.asarray(values[:rank])),
         weight_norm=jnp.sqrt(jnp.sum(weight**2, axis=1)),
         summation=jnp.asarray(_summation(np.asarray(weight), right[0])),
         constant=basis[-1] if has_bias else jnp.zeros((rank,)),

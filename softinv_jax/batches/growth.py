@@ -1,0 +1,129 @@
+"""Examples that explain the gradient together, but for what is missing: a set grown one by one.
+
+One example's own equation leaves its coordinates vague along some directions where the batch is large. With others it
+shares that they are dual to each other: the joint fit of some examples, beside a matrix of as low a rank as examples
+are missing, makes all of them sharper, and shows a wrong one among them by its residual.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.batches.candidates import solve, split
+from softinv_jax.batches.component import Component, Divisor
+from softinv_jax.batches.elimination import TARGETS
+from softinv_jax.batches.joint import STEPS, JointFit, fit_jointly
+from softinv_jax.batches.subspace import BatchSubspace
+from softinv_jax.labels.scalar_equation import TOLERANCE
+
+__all__ = ["Together", "described", "explains", "fit_found", "grow"]
+
+FEWER_STEPS = 40
+# With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
+LARGEST_JOINT = 6144
+
+
+class _Start(NamedTuple):
+    """What the joint fit of some examples starts from: (n, r), (n, TARGETS) and (n, TARGETS) int32."""
+
+    coordinates: np.ndarray
+    weights: np.ndarray
+    targets: np.ndarray
+
+
+def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> JointFit | None:
+    """The joint fit of the examples found; None where it would be too large. Rows beyond those found are left out."""
+    return _fit(subspace, _start(found), divisor)
+
+
+def explains(joint: JointFit) -> bool:
+    """Root mean square of the residuals at most half of what a single one may be."""
+    return bool(joint.misfit <= TOLERANCE / 2)
+
+
+class Together(NamedTuple):
+    """Examples that explain the gradient together, and their joint fit."""
+
+    examples: list[Component]
+    fit: JointFit
+    start: _Start
+
+
+def grow(
+    subspace: BatchSubspace, known: Together | None, candidates: list[Component], divisor: Divisor
+) -> Together | None:
+    """Those known and the candidates that go with them, sharpened by each other.
+
+    Args:
+      subspace: of the batch.
+      known: examples that explain the gradient together, or None; they stay.
+      candidates: others, which all differ, the likeliest first.
+      divisor: D.
+
+    Returns:
+      Those known first; None where none of the candidates goes with a rest of lower rank, or where the joint fit would
+      be too large.
+    """
+    wider = _widened(subspace, known, candidates, divisor) if candidates else known
+    if wider is not None or len(candidates) <= 1:
+        return wider or known
+    half = len(candidates) // 2
+    for part in (candidates[:half], candidates[half:]):
+        known = grow(subspace, known, part, divisor)
+    return known
+
+
+def described(subspace: BatchSubspace, known: Together, divisor: Divisor) -> list[Component]:
+    """The examples where their joint fit has them."""
+    weights = np.array([1 / one.deviation for one in known.examples])
+    return split(solve(subspace, known.start.coordinates, known.start.targets, divisor, weights, 0))
+
+
+def _widened(
+    subspace: BatchSubspace, known: Together | None, added: list[Component], divisor: Divisor
+) -> Together | None:
+    """All together, if what is added fits as well as a whole must, in the noise that those known show."""
+    start = _start(added)
+    if known is not None:
+        start = _Start(*(np.concatenate(pair) for pair in zip(known.start, start, strict=True)))
+    # Several at once are right at once, or tried by themselves.
+    fit = _fit(subspace, start, divisor, STEPS if len(added) == 1 else FEWER_STEPS)
+    if fit is None:
+        return None
+    loss, freedom, noise = fit.misfit**2 * fit.freedom, fit.freedom, 1.0
+    if known is not None:
+        noise = max(float(known.fit.misfit), 1.0)
+        loss, freedom = loss - known.fit.misfit**2 * known.fit.freedom, freedom - known.fit.freedom
+    if not loss <= (TOLERANCE / 2 * noise) ** 2 * freedom:
+        return None
+    return Together([*(known.examples if known else []), *added], fit, _after(fit, start))
+
+
+def _start(found: list[Component]) -> _Start:
+    weights = [np.where(one.targets >= 0, one.label[one.targets] - one.level, 0.0) for one in found]
+    targets = np.array([one.targets for one in found], np.int32)
+    return _Start(np.array([one.coordinates for one in found]), np.array(weights), targets)
+
+
+def _after(fit: JointFit, start: _Start) -> _Start:
+    """The same examples where the fit has left them."""
+    label = np.asarray(fit.label)
+    weights = np.take_along_axis(label, np.maximum(start.targets, 0), axis=1) - np.median(label, axis=1, keepdims=True)
+    return start._replace(coordinates=np.asarray(fit.coordinates), weights=np.where(start.targets >= 0, weights, 0.0))
+
+
+def _fit(subspace: BatchSubspace, start: _Start, divisor: Divisor, steps: int = STEPS) -> JointFit | None:
+    count, rank = start.coordinates.shape
+    if rank * (rank + TARGETS) > LARGEST_JOINT:
+        return None
+    missing = rank - count
+    # Always as many rows as there are examples in all: one compiled program.
+    coordinates = np.concatenate([start.coordinates, np.zeros((missing, rank))])
+    weights = np.concatenate([start.weights, np.zeros((missing, TARGETS))])
+    targets = np.concatenate([start.targets, np.full((missing, TARGETS), -1, np.int32)])
+    arrays = map(jnp.asarray, (coordinates, weights, targets))
+    fit = jax.tree.map(np.asarray, fit_jointly(subspace, *arrays, divisor, missing, steps))
+    each = ("coordinates", "label", "coordinates_deviation", "label_deviation")
+    return fit._replace(**{name: getattr(fit, name)[:count] for name in each})
