@@ -7,9 +7,10 @@
 Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
 with smoothing and mixup (`--trained-cases`; C of the data set). As it is, batches of up to 24 with 10 and 100 classes,
 three of each; `--full`: ten of each, up to 64, and 1000 classes too (hours). Cases of `--unknown-scale-cases` have a
-factor e^(3 N(0, 1)) on each gradient of the untrained network, negative on every fifth, which is not told. The plot is
-the fraction found against the batch size, with both counting bounds of docs/batches.md drawn in. There is one network
-of each kind: `--seeds` has no effect. Images are drawn without repetition, gradients are float32.
+factor e^(3 N(0, 1)) on each gradient of the untrained network, negative on every fifth, which is not told. Stopped by
+Ctrl-C, it writes the rows that are done. The plot is the fraction found against the batch size, with both counting
+bounds of docs/batches.md drawn in. There is one network of each kind: `--seeds` has no effect. Images are drawn without
+repetition, gradients are float32.
 
 An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
 within six of its own deviations, and a reported label that fits no example as spurious. `bound` counts the examples
@@ -19,6 +20,7 @@ whose label the gradient fixes to 1e-5 at all (standard deviation of the best un
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -142,14 +144,30 @@ def main() -> None:
     training, test, images = load_data(arguments)
     arguments.classes = sorted({classes for classes, _ in untrained + unscaled})
     arguments.networks = ["untrained"] * bool(untrained + unscaled) + ["smoothing", "mixup"] * bool(trained)
-    for name, number_of_classes, network, parameters in networks(arguments, training):
+    try:
+        fill(run, networks(arguments, training), images, test.classes, untrained, trained, unscaled)
+    except KeyboardInterrupt:
+        run.notes["stopped"] = "by hand: the rows that were done"
+    run.finish("Examples found in one averaged gradient", COLUMNS, draw)
+
+
+def fill(
+    run: Run,
+    networks: Iterable[tuple[str, int, Any, Any]],
+    images: np.ndarray,
+    classes: np.ndarray,
+    untrained: list[tuple[int, ...]],
+    trained: list[tuple[int, ...]],
+    unscaled: list[tuple[int, ...]],
+) -> None:
+    """The rows, one after the other."""
+    for name, number_of_classes, network, parameters in networks:
         own = [(case, False) for case in (untrained if name == "untrained" else trained)]
         own += [(case, True) for case in unscaled if name == "untrained"]
         for (_, size), unknown in [each for each in own if each[0][0] == number_of_classes]:
             for family in FORMATS:
-                where = (run, name, number_of_classes, network, parameters, images, test.classes, size, family)
+                where = (run, name, number_of_classes, network, parameters, images, classes, size, family)
                 run.add(**measure(*where, unknown_scale=unknown))
-    run.finish("Examples found in one averaged gradient", COLUMNS, draw)
 
 
 def chosen(given: list[str] | None, usual: tuple[str, ...]) -> list[tuple[int, ...]]:

@@ -20,7 +20,7 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["Together", "described", "explains", "fit_found", "grow"]
 
-FEWER_STEPS = 40
+TRIAL_STEPS = 40  # What goes with the others is near already.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
 
@@ -88,8 +88,8 @@ def _widened(
     start = _start(added)
     if known is not None:
         start = _Start(*(np.concatenate(pair) for pair in zip(known.start, start, strict=True)))
-    # Several at once are right at once, or tried by themselves.
-    fit = _fit(subspace, start, divisor, STEPS if len(added) == 1 else FEWER_STEPS)
+    is_last = len(added) == 1 and len(start.targets) == subspace.singular_values.size
+    fit = _fit(subspace, start, divisor, STEPS if is_last else TRIAL_STEPS)
     if fit is None:
         return None
     loss, freedom, noise = fit.misfit**2 * fit.freedom, fit.freedom, 1.0

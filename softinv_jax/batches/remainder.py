@@ -24,7 +24,7 @@ SHARP = 0.2  # Standard deviation of logits.
 LARGEST_MISFIT, LARGEST_ERROR = 100.0, 0.1  # Of solutions that are worth a joint fit.
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True))  # See `propose`.
 SCAN = 1000  # Scalars tried for the last example, of either sign,
-LAST_STARTS = 16  # how many of them are refined,
+LAST_STARTS = 32  # how many of them are refined,
 LAST_STEPS = 20  # by how many steps,
 LAST_TRIED = 6  # and how many then take part in a joint fit.
 
@@ -84,20 +84,28 @@ def gather(
     others = found[0 if known is None else len(known.examples) :]
     # Of the others first order says little; they are easier to find again than to make fit.
     sharp = sorted((one for one in others if one.logit_deviation <= SHARP), key=lambda one: float(one.logit_deviation))
-    grown = grow(subspace, known, sharp, divisor)
-    if grown is None or (known is None and 2 * len(grown.examples) < len(sharp)):
-        return None, found  # Those that go together may be the wrong ones.
-    known = grown
+    start = grow(subspace, known, sharp, divisor)
+    grown = _spread(subspace, start, divisor)
+    while known is None and len(sharp) > 1 and (grown is None or grown is start):
+        # One of them may be wrong, and keep all others out.
+        sharp = sharp[: len(sharp) // 2]
+        start = grow(subspace, None, sharp, divisor)
+        grown = _spread(subspace, start, divisor)
+    if grown is None or (known is None and grown is start):
+        return known, found
+    examples = described(subspace, grown, divisor)
+    rest = [one for one in others if not any(is_same(one, other, values) for other in examples)]
+    return grown._replace(examples=examples), examples + rest
+
+
+def _spread(subspace: BatchSubspace, known: Together | None, divisor: Divisor) -> Together | None:
+    """With more examples from what those known leave, as long as there are more; the same object if there are none."""
     rounds = list(ROUNDS)
-    while rounds and len(known.examples) < values.size:
-        count = len(known.examples)
-        more = _search_remainder(subspace, known, divisor, *rounds.pop(0))
-        known = grow(subspace, known, more, divisor) or known
-        if len(known.examples) > count:
-            rounds = list(ROUNDS)
-    examples = described(subspace, known, divisor)
-    known = known._replace(examples=examples)
-    return known, examples + [one for one in others if not any(is_same(one, other, values) for other in examples)]
+    while known is not None and rounds and len(known.examples) < subspace.singular_values.size:
+        wider = grow(subspace, known, _search_remainder(subspace, known, divisor, *rounds.pop(0)), divisor)
+        if wider is not None and wider is not known:
+            known, rounds = wider, list(ROUNDS)
+    return known
 
 
 def _search_remainder(
@@ -190,7 +198,9 @@ def _scan_scalars(logits: np.ndarray, gradient: np.ndarray, constant: float) -> 
     loss = np.sum(np.minimum(np.take_along_axis(residual, order[:, TARGETS:], axis=1), 1e6) ** 2, axis=1)
     starts: list[float] = []
     targets: list[list[int]] = []
-    for index in np.argsort(loss)[:LAST_STARTS]:
+    # The best of each stretch: where all of them agree because u / lambda is nothing, its neighbours do too.
+    for stretch in np.array_split(np.arange(len(scalars)), min(LAST_STARTS, len(scalars))):
+        index = stretch[np.argmin(loss[stretch])]
         for count in range(1, TARGETS + 1):
             starts.append(scalars[index])
             strongest = order[index, :TARGETS]
