@@ -18,7 +18,7 @@ from softinv_jax.batches.joint import STEPS, JointFit, fit_jointly
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["Together", "described", "explains", "fit_found", "grow"]
+__all__ = ["Together", "described", "explains", "fit_found", "grow", "simplified"]
 
 TRIAL_STEPS = 40  # What goes with the others is near already.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
@@ -73,6 +73,31 @@ def grow(
     for part in (candidates[:half], candidates[half:]):
         known = grow(subspace, known, part, divisor)
     return known
+
+
+def simplified(subspace: BatchSubspace, known: Together, divisor: Divisor) -> Together:
+    """Without the second classes whose weight is no larger than its errors, if what is left explains as much."""
+    targets, label = known.start.targets, np.asarray(known.fit.label)
+    chosen = np.maximum(targets, 0)
+    weight = np.take_along_axis(label, chosen, axis=1) - np.median(label, axis=1, keepdims=True)
+    deviation = np.take_along_axis(np.asarray(known.fit.label_deviation), chosen, axis=1)
+    order = np.argsort(-np.where(targets >= 0, weight, -np.inf), axis=1)
+    ranked = (np.take_along_axis(values, order, axis=1) for values in (targets, weight, deviation))
+    targets, weight, deviation = ranked
+    needless = (targets >= 0) & (weight <= TOLERANCE / 2 * deviation)
+    needless[:, 0] = False
+    if not needless.any():
+        return known
+    start = known.start._replace(
+        targets=np.where(needless, -1, targets).astype(np.int32), weights=np.where(needless, 0.0, weight)
+    )
+    fit = _fit(subspace, start, divisor)
+    assert fit is not None
+    noise = max(float(known.fit.misfit), 1.0)
+    more = fit.misfit**2 * fit.freedom - known.fit.misfit**2 * known.fit.freedom
+    if not more <= (TOLERANCE / 2 * noise) ** 2 * needless.sum():
+        return known
+    return known._replace(fit=fit, start=_after(fit, start))
 
 
 def described(subspace: BatchSubspace, known: Together, divisor: Divisor) -> list[Component]:

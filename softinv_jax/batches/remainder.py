@@ -13,7 +13,7 @@ import numpy as np
 from softinv_jax.batches.candidates import cost, is_nontrivial, is_same, solve, split
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.elimination import TARGETS
-from softinv_jax.batches.growth import Together, described, explains, fit_found, grow
+from softinv_jax.batches.growth import Together, described, explains, fit_found, grow, simplified
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.proposals import propose
 from softinv_jax.batches.subspace import BatchSubspace
@@ -93,6 +93,7 @@ def gather(
         grown = _spread(subspace, start, divisor)
     if grown is None or (known is None and grown is start):
         return known, found
+    grown = simplified(subspace, grown, divisor)
     examples = described(subspace, grown, divisor)
     rest = [one for one in others if not any(is_same(one, other, values) for other in examples)]
     return grown._replace(examples=examples), examples + rest

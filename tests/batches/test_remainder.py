@@ -7,7 +7,7 @@ import pytest
 
 from softinv_jax.batches.candidates import solve, split
 from softinv_jax.batches.component import Component, Divisor
-from softinv_jax.batches.growth import explains, grow
+from softinv_jax.batches.growth import explains, grow, simplified
 from softinv_jax.batches.joint import JointFit, fit_jointly
 from softinv_jax.batches.remainder import deflate, gather
 from softinv_jax.batches.subspace import BatchSubspace, batch_subspace
@@ -105,3 +105,16 @@ def test_what_does_not_go_with_the_others_is_left_out() -> None:
     assert known is not None
     (wrong,) = split(solve(subspace, 1.5 * truth[2:3], np.array([[30, -1]]), Divisor(SIZE), None, 0))
     assert grow(subspace, known, [wrong], Divisor(SIZE)) is known
+
+
+def test_a_second_class_without_weight_goes() -> None:
+    subspace, truth, labels = draw(4)
+    targets = TARGETS[:3].copy()
+    targets[1, 1] = 20
+    known = grow(subspace, None, components(subspace, truth[:3], targets), Divisor(SIZE))
+    assert known is not None
+    assert 20 in known.start.targets
+    simpler = simplified(subspace, known, Divisor(SIZE))
+    np.testing.assert_array_equal(np.sort(simpler.start.targets[:, 0]), TARGETS[:3, 0])
+    assert (simpler.start.targets[:, 1] == -1).all()
+    np.testing.assert_allclose(simpler.fit.label[:3], labels[:3], atol=1e-4)
