@@ -31,7 +31,8 @@ class Reading:
 
     Attributes:
       equation: the scalar equation.
-      direction_covariance: (C, C) of z from the noise on v; zero where it was not read thoroughly.
+      direction_covariance: (C, C) of z from the noise on v; (0, 0) where it was not read thoroughly: at C = 1000 it is
+        as large as the gradient.
       feature_variance: () of each entry of v. factor_variance: () of kappa, where a bias tells it.
       right_norm: () length of v as it is kept. longest: () the lambda beyond which a feature leaves the range of the
         result's dtype. total: () sum of the entries of v / |v|; with a bias the last one, of the constant feature 1.
@@ -120,7 +121,7 @@ def _scalar_equation(
     has_bias: bool,
     thorough: bool,
 ) -> tuple[ScalarEquation, jax.Array]:
-    """The scalar equation, and (C, C) the covariance of z from the noise on v (thorough only)."""
+    """The scalar equation, and the covariance of z from the noise on v: (C, C), or (0, 0) where not `thorough`."""
     weight64 = weight.astype(jnp.float64)
     direction = weight64 @ right
     weight_norm = jnp.sqrt(jnp.sum(weight64**2, axis=1))
@@ -132,7 +133,7 @@ def _scalar_equation(
     number_of_classes = direction.size
     zeros = jnp.zeros((number_of_classes,))
     scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
-    covariance = jnp.zeros((number_of_classes, number_of_classes))
+    covariance = jnp.zeros((0, 0))
     direction_deviation = zeros
     if thorough:
         if has_bias:
