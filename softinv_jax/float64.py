@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
-__all__ = ["argmax", "argmin", "argsort", "in_float64", "take_rows"]
+__all__ = ["argmax", "argmin", "argsort", "in_float64", "sort", "take_rows"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -31,9 +31,19 @@ def in_float64(function: Callable[Parameters, Result]) -> Callable[Parameters, R
 
 
 def argsort(values: jax.Array) -> jax.Array:
-    """int32 indices that sort the last axis in rising order; stable, NaN last."""
+    """int32 indices that sort the last axis in rising order, as far as 48 bits tell; stable, NaN last.
+
+    By two float32 keys: XLA for TPUs, which emulates float64, cannot compare it in a sort (jax-ml/jax#11831).
+    """
     positions = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    return jax.lax.sort((values, positions), num_keys=1, is_stable=True)[1]
+    coarse = values.astype(jnp.float32)
+    fine = jnp.where(jnp.isfinite(coarse), values - coarse.astype(values.dtype), 0.0).astype(jnp.float32)
+    return jax.lax.sort((coarse, fine, positions), num_keys=2, is_stable=True)[2]
+
+
+def sort(values: jax.Array) -> jax.Array:
+    """(n,) values in rising order, as `argsort` has it."""
+    return values[argsort(values)]
 
 
 def argmax(values: jax.Array) -> jax.Array:

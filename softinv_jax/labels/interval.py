@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.float64 import argmax, take_rows
+from softinv_jax.float64 import argmax, sort, take_rows
 from softinv_jax.labels.scalar_equation import (
     TOLERANCE,
     ScalarEquation,
@@ -52,7 +52,7 @@ def feasible_interval(equation: ScalarEquation, unknowns: Unknowns) -> jax.Array
         return jnp.where(rising, inner[0], low), jnp.where(rising, high, inner[1])
 
     low, high = jax.lax.fori_loop(0, CLIMBS, climb, (lows, highs))
-    scalars = jnp.sort(jnp.concatenate([grid, (low + high) / 2]))
+    scalars = sort(jnp.concatenate([grid, (low + high) / 2]))
     allowed = slack(scalars) >= 0
     # From either end, the first feasible lambda met, and the one before it.
     orders, flags = jnp.stack([scalars, scalars[::-1]]), jnp.stack([allowed, allowed[::-1]])

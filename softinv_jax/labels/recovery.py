@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.float64 import in_float64
+from softinv_jax.float64 import in_float64, sort
 from softinv_jax.labels.consensus import Consensus, polish_consensus
 from softinv_jax.labels.exact import Explanations, explain_by_consensus, explain_thoroughly
 from softinv_jax.labels.hard_label import odd_class
@@ -155,7 +155,7 @@ def complete(
 def _variance_explanation(equation: ScalarEquation, excluded: int, unknowns: Unknowns) -> Explanations:
     scalar, _ = minimise_variance(equation, excluded)
     label = jax.nn.softmax(scalar * equation.direction) - equation.left / scalar
-    kept = jnp.sort(label)[: label.size - excluded]
+    kept = sort(label)[: label.size - excluded]
     # The certificate is the consensus around the minimum; the label stays that of the minimum itself.
     deviation = jnp.std(kept) + 1e-6 * (jnp.abs(label) + jnp.abs(equation.left / scalar))
     found = polish_consensus(equation, scalar, 1 / scalar, jnp.mean(kept), deviation, unknowns)

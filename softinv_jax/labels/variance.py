@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from softinv_jax.float64 import argmin
+from softinv_jax.float64 import argmin, sort
 from softinv_jax.labels.scalar_equation import ScalarEquation
 
 __all__ = ["FORMATS", "minimise_variance", "variance_loss"]
@@ -25,7 +25,7 @@ def variance_loss(equation: ScalarEquation, scalar: jax.Array, excluded: int) ->
     """Variance of all but the `excluded` largest entries of y(lambda) (paper, section 3.3); () for () lambda."""
     prediction = jax.nn.softmax(scalar * equation.direction + equation.offset)
     label = prediction - equation.left / scalar
-    kept = jnp.sort(label)[: label.size - excluded]
+    kept = sort(label)[: label.size - excluded]
     return jnp.mean((kept - jnp.mean(kept)) ** 2)
 
 
@@ -79,7 +79,7 @@ def minimise_variance(equation: ScalarEquation, excluded: int) -> tuple[jax.Arra
 
     def residual(scalar: jax.Array) -> jax.Array:
         label = jax.nn.softmax(scalar * equation.direction + equation.offset) - equation.left / scalar
-        kept = jnp.sort(label)[: label.size - excluded]
+        kept = sort(label)[: label.size - excluded]
         return kept - jnp.mean(kept)
 
     def settle(_: int, scalar: jax.Array) -> jax.Array:

@@ -1,0 +1,55 @@
+"""The programs for single examples as jax makes them for a TPU, which emulates float64: nothing in them it cannot.
+
+XLA for TPUs rewrites float64 arithmetic to pairs of float32. It has no rule for reading a 64-bit number's bits, and so
+none for sorting them (jax-ml/jax#11831), and no LAPACK. Nothing runs here: there need not be a TPU.
+"""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import softinv_jax
+from softinv_jax.float64 import in_float64
+from softinv_jax.labels import recovery
+
+FORBIDDEN = re.compile(r"bitcast_convert.*[fi]64|custom_call")
+
+
+def program_for_tpu(function: object, *arguments: object) -> str:
+    traced = jax.jit(function).trace(*arguments)  # type: ignore[arg-type]
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def sorted_keys(program: str) -> list[str]:
+    """Types of what the comparators of all sorts are given: two of each operand."""
+    return re.findall(r"stablehlo\.sort.*?\n\s*\^bb0\((.*?)\):", program, re.DOTALL)
+
+
+@pytest.mark.parametrize("thorough", [False, True], ids=["fast", "thorough"])
+@pytest.mark.parametrize("unknown_scale", [False, True], ids=["known", "unknown"])
+@pytest.mark.parametrize("number_of_classes", [10, 100])
+@in_float64
+def test_recovery(number_of_classes: int, unknown_scale: bool, thorough: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight, gradient = rng.normal(size=(2, number_of_classes, 16)).astype(np.float32)
+    observation = softinv_jax.observe(weight, gradient)
+    stages = recovery.stages_for(observation, "exact", unknown_scale, None, thorough)
+    programs = [program_for_tpu(lambda seen: recovery.read(seen, stages), observation)]
+    reading, right = jax.eval_shape(lambda seen: recovery.read(seen, stages), observation)
+    programs.append(program_for_tpu(lambda reading: recovery.search(reading, stages), reading))
+    found, pull = jax.eval_shape(lambda reading: recovery.search(reading, stages), reading)
+    programs.append(program_for_tpu(recovery.complete, observation, right, reading.right_norm, found, pull))
+    for program in programs:
+        assert "f64" in program
+        assert not FORBIDDEN.findall(program)
+    keys = sorted_keys(programs[1])
+    assert keys
+    assert not any("f64" in key for key in keys)
+
+
+@in_float64
+def test_a_sort_of_float64_would_be_seen() -> None:
+    program = program_for_tpu(jax.numpy.sort, np.arange(4.0))
+    assert any("f64" in key for key in sorted_keys(program))
