@@ -89,13 +89,10 @@ def score_hypotheses(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
 
     Minus one where the hypothesis is no valid label at all (an entry below 0 or above 1).
     """
-    scalar, factor = hypotheses.scalar, hypotheses.factor
-    prediction = probabilities(equation, scalar)
-    gradient = factor[:, None] * equation.left[None, :]
-    label = prediction - gradient
-    deviation = label_deviation(equation, scalar, factor, prediction, label)
+    label = hypotheses.label
+    gradient = hypotheses.prediction - label
     drift = hypothesis_drift(equation, hypotheses, unknowns)
-    margin = TOLERANCE * (deviation + drift)
+    margin = TOLERANCE * (hypotheses.deviation + drift)
     level_margin = margin + TOLERANCE * hypotheses.level_deviation[:, None]
     agreeing = jnp.abs(label - hypotheses.level[:, None]) <= level_margin
     possible = jnp.all((label >= -margin) & (label <= 1 + margin), axis=1)
@@ -104,7 +101,7 @@ def score_hypotheses(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
     total = jnp.sum(nats, axis=1) - jnp.sum(own, axis=1)
     if fitted_parameters(unknowns) == 2:  # The weakest of the three classes was not needed to fit them.
         total = total + jnp.min(own, axis=1)
-    return jnp.where(possible & ~jnp.isnan(scalar), total, -1.0)
+    return jnp.where(possible & ~jnp.isnan(hypotheses.scalar), total, -1.0)
 
 
 def _finite(step: jax.Array) -> jax.Array:
@@ -136,8 +133,7 @@ def hypothesis_drift(equation: ScalarEquation, hypotheses: Hypotheses, unknowns:
     """(H, C) how far the errors of a hypothesis's own lambda and kappa move each label entry."""
     drift = jnp.abs(equation.left)[None, :] * hypotheses.factor_deviation[:, None]
     if unknowns.scalar:
-        prediction = probabilities(equation, hypotheses.scalar)
-        derivative = _scalar_derivative(equation, hypotheses.scalar, prediction, unknowns)
+        derivative = _scalar_derivative(equation, hypotheses.scalar, hypotheses.prediction, unknowns)
         drift = drift + jnp.abs(derivative) * hypotheses.scalar_deviation[:, None]
     return drift
 

@@ -47,6 +47,8 @@ class Hypotheses:
       classes: (H, 3) int32, the triples themselves.
       scalar: lambda. factor: kappa. level: the value y takes on the triple.
       scalar_deviation, factor_deviation, level_deviation: their standard deviations.
+      prediction, label, deviation: (H, C) softmax and y at that lambda and kappa, and the deviations of y's entries
+        before their errors.
     """
 
     classes: jax.Array
@@ -56,6 +58,9 @@ class Hypotheses:
     scalar_deviation: jax.Array
     factor_deviation: jax.Array
     level_deviation: jax.Array
+    prediction: jax.Array
+    label: jax.Array
+    deviation: jax.Array
 
 
 def plan_triples(number_of_classes: int, count: int) -> TriplePlan:
@@ -141,4 +146,15 @@ def solve_hypotheses(equation: ScalarEquation, plan: TriplePlan, unknowns: Unkno
     sharpest = argmin(deviation)[:, None]
     level = take_rows(label, sharpest)[:, 0]
     level_deviation = take_rows(deviation, sharpest)[:, 0]
-    return Hypotheses(classes, scalar, factor, level, scalar_deviation, factor_deviation, level_deviation)
+    return Hypotheses(
+        classes,
+        scalar,
+        factor,
+        level,
+        scalar_deviation,
+        factor_deviation,
+        level_deviation,
+        every_prediction,
+        every_label,
+        every_deviation,
+    )

@@ -24,7 +24,7 @@ __all__ = ["recover_many"]
 # Gradients worked on at once: few enough to stay in the cache between two reads, but enough that what all of them
 # share (W in float64) is paid for once in a while only.
 CHUNK_BYTES = 32 * 2**20
-CHUNK_SAMPLES = 32
+CHUNK_SAMPLES = 16
 LARGEST_CHUNK_BYTES = 256 * 2**20
 SMALLEST_CHUNK = 16
 
