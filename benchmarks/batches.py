@@ -8,8 +8,9 @@ Each case is C:B, the number of classes and the batch size, for the untrained ne
 with smoothing and mixup (`--trained-cases`; C of the data set). As it is, batches of up to 24 with 10 and 100 classes,
 three of each; `--full`: ten of each, up to 64, and 1000 classes too (hours). Cases of `--unknown-scale-cases` have a
 factor e^(3 N(0, 1)) on each gradient of the untrained network, negative on every fifth, which is not told. Stopped by
-Ctrl-C, it writes the rows that are done. The plot is the fraction found against the batch size, with both counting
-bounds of docs/batches.md drawn in. There is one network of each kind: `--seeds` has no effect. Images are drawn without
+Ctrl-C, it writes the rows that are done; `--add` puts them among those of an earlier run, and the table says which
+commit each row is from. The plot is the fraction found against the batch size, with both counting bounds of
+docs/batches.md drawn in. There is one network of each kind: `--seeds` has no effect. Images are drawn without
 repetition, gradients are float32.
 
 An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
@@ -19,6 +20,7 @@ whose label the gradient fixes to 1e-5 at all (standard deviation of the best un
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -122,7 +124,9 @@ COLUMNS = {
     "of these unique": lambda row: row["spurious_unique"],
     "largest error": lambda row: f"{row['largest_error']:.0e}",
     "seconds a batch": lambda row: f"{row['median_seconds']:.2f}",
+    "commit": lambda row: row["commit"],
 }
+CASE = ("network", "classes", "batch_size", "format")
 
 
 def main() -> None:
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", metavar="C:B")
     parser.add_argument("--trained-cases", nargs="*", metavar="C:B")
     parser.add_argument("--unknown-scale-cases", nargs="*", metavar="C:B")
+    parser.add_argument("--add", action="store_true", help="keep the rows that are there of cases that are not run now")
     arguments = parser.parse_args()
     run = Run("batches", arguments)
     quick, full = arguments.quick, arguments.full
@@ -148,6 +153,12 @@ def main() -> None:
         fill(run, networks(arguments, training), images, test.classes, untrained, trained, unscaled)
     except KeyboardInterrupt:
         run.notes["stopped"] = "by hand: the rows that were done"
+    if arguments.add:
+        done = {tuple(row[name] for name in CASE) for row in run.rows}
+        earlier = json.loads((arguments.out / "batches.json").read_text(encoding="utf-8"))
+        kept = [{"commit": earlier["commit"]} | row for row in earlier["rows"]]
+        run.rows += [row for row in kept if tuple(row[name] for name in CASE) not in done]
+        run.rows.sort(key=lambda row: (row["network"], row["classes"], row["batch_size"], FORMATS.index(row["format"])))
     run.finish("Examples found in one averaged gradient", COLUMNS, draw)
 
 
@@ -220,6 +231,7 @@ def measure(
         **counts,
         "largest_error": largest,
         "median_seconds": float(np.median(seconds)),
+        "commit": run.commit,
     }
 
 

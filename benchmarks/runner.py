@@ -62,7 +62,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
         self._start = time.perf_counter()
-        self._commit = _commit()  # What runs, not what is there when it ends.
+        self.commit = _commit()  # What runs, not what is there when it ends.
         self._compiling = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._note_compilation)
 
@@ -126,7 +126,7 @@ class Run:
         return {
             "benchmark": self.name,
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "commit": self._commit,
+            "commit": self.commit,
             "device": _device(),
             "versions": {
                 name: found for name in ("jax", "jaxlib", "flax", "numpy", "torch") if (found := _version(name))

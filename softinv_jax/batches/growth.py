@@ -93,9 +93,7 @@ def simplified(subspace: BatchSubspace, known: Together, divisor: Divisor) -> To
     )
     fit = _fit(subspace, start, divisor)
     assert fit is not None
-    noise = max(float(known.fit.misfit), 1.0)
-    more = fit.misfit**2 * fit.freedom - known.fit.misfit**2 * known.fit.freedom
-    if not more <= (TOLERANCE / 2 * noise) ** 2 * needless.sum():
+    if not _is_tolerable(known.fit, fit, int(needless.sum())):
         return known
     return known._replace(fit=fit, start=_after(fit, start))
 
@@ -117,13 +115,15 @@ def _widened(
     fit = _fit(subspace, start, divisor, STEPS if is_last else TRIAL_STEPS)
     if fit is None:
         return None
-    loss, freedom, noise = fit.misfit**2 * fit.freedom, fit.freedom, 1.0
-    if known is not None:
-        noise = max(float(known.fit.misfit), 1.0)
-        loss, freedom = loss - known.fit.misfit**2 * known.fit.freedom, freedom - known.fit.freedom
-    if not loss <= (TOLERANCE / 2 * noise) ** 2 * freedom:
+    if not (explains(fit) if known is None else _is_tolerable(known.fit, fit, fit.freedom - known.fit.freedom)):
         return None
     return Together([*(known.examples if known else []), *added], fit, _after(fit, start))
+
+
+def _is_tolerable(before: JointFit, after: JointFit, equations: int | jax.Array) -> bool:
+    """What so many more equations add to the residuals is what a whole may have, in the noise that was there before."""
+    added = after.misfit**2 * after.freedom - before.misfit**2 * before.freedom
+    return bool(added <= (TOLERANCE / 2 * max(float(before.misfit), 1.0)) ** 2 * equations)
 
 
 def _start(found: list[Component]) -> _Start:

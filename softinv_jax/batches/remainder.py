@@ -20,7 +20,8 @@ from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["complete_last", "deflate", "gather", "without"]
 
-SHARP = 0.2  # Standard deviation of logits.
+SHARP = 0.2  # Standard deviation of logits,
+DOUBTFUL = 1.5  # and a misfit that tens of degrees of freedom do not show by accident.
 LARGEST_MISFIT, LARGEST_ERROR = 100.0, 0.1  # Of solutions that are worth a joint fit.
 ROUNDS = ((1.0, False), (2.0, True), (1.0, True))  # See `propose`.
 SCAN = 1000  # Scalars tried for the last example, of either sign,
@@ -78,12 +79,13 @@ def gather(
       found: different examples.
 
     Returns:
-      Those that go together, None where no two do, and all examples, those first.
+      Those that go together, None where no two do, and all examples, those first; never more than the batch has.
     """
     values = np.asarray(subspace.singular_values)
     others = found[0 if known is None else len(known.examples) :]
     # Of the others first order says little; they are easier to find again than to make fit.
-    sharp = sorted((one for one in others if one.logit_deviation <= SHARP), key=lambda one: float(one.logit_deviation))
+    sharp = [one for one in others if one.logit_deviation <= SHARP]
+    sharp.sort(key=lambda one: (bool(one.misfit > DOUBTFUL), float(one.logit_deviation)))
     start = grow(subspace, known, sharp, divisor)
     grown = _spread(subspace, start, divisor)
     while known is None and len(sharp) > 1 and (grown is None or grown is start):
@@ -96,7 +98,7 @@ def gather(
     grown = simplified(subspace, grown, divisor)
     examples = described(subspace, grown, divisor)
     rest = [one for one in others if not any(is_same(one, other, values) for other in examples)]
-    return grown._replace(examples=examples), examples + rest
+    return grown._replace(examples=examples), (examples + rest)[: values.size]
 
 
 def _spread(subspace: BatchSubspace, known: Together | None, divisor: Divisor) -> Together | None:

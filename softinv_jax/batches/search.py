@@ -100,8 +100,10 @@ def search_batch(
             known, found = gather(subspace, known, found, divisor)
             progress(len(found), total)
             if known is not None and len(known.examples) == rank:
-                found, joint = known.examples, known.fit
-                break
+                if explains(known.fit):
+                    found, joint = known.examples, known.fit
+                    break
+                known = None
         if len(found) == rank:
             # One of them explains its own equation, but not the gradient with the others: the one that fits worst.
             sure = 0 if known is None else len(known.examples)

@@ -118,3 +118,13 @@ def test_a_second_class_without_weight_goes() -> None:
     np.testing.assert_array_equal(np.sort(simpler.start.targets[:, 0]), TARGETS[:3, 0])
     assert (simpler.start.targets[:, 1] == -1).all()
     np.testing.assert_allclose(simpler.fit.label[:3], labels[:3], atol=1e-4)
+
+
+def test_there_are_never_more_than_the_batch_has() -> None:
+    subspace, truth, _ = draw(5)
+    right = components(subspace, truth[:2], TARGETS[:2])
+    wrong = split(solve(subspace, 1.5 * truth[2:], np.array([[30, -1], [31, -1]]), Divisor(SIZE), None, 0))
+    known, found = gather(subspace, None, [*right, *wrong], Divisor(SIZE))
+    assert known is not None
+    assert len(found) == SIZE
+    np.testing.assert_array_equal(np.sort(known.start.targets[:, 0]), TARGETS[:, 0])
