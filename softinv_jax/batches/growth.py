@@ -20,6 +20,9 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["Together", "described", "explains", "fit_found", "grow", "simplified"]
 
+# Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
+LARGEST_EXPECTED = 1.4
+SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
 TRIAL_STEPS = 40  # What goes with the others is near already.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
@@ -39,8 +42,14 @@ def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor)
 
 
 def explains(joint: JointFit) -> bool:
-    """Root mean square of the residuals at most half of what a single one may be."""
-    return bool(joint.misfit <= TOLERANCE / 2)
+    """Residuals no larger than noise may make them: at most half of what a single one may be, as root mean square.
+
+    With many degrees of freedom far less: six of its own standard deviations above what expecting too little noise
+    explains. And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
+    """
+    expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
+    smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
+    return bool(smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))
 
 
 class Together(NamedTuple):
@@ -121,9 +130,13 @@ def _widened(
 
 
 def _is_tolerable(before: JointFit, after: JointFit, equations: int | jax.Array) -> bool:
-    """What so many more equations add to the residuals is what a whole may have, in the noise that was there before."""
+    """What so many more equations add to the residuals is what a whole may have, in the noise that was there before.
+
+    And the residuals are not far smaller than before, as they are where the noise that is expected has grown.
+    """
     added = after.misfit**2 * after.freedom - before.misfit**2 * before.freedom
-    return bool(added <= (TOLERANCE / 2 * max(float(before.misfit), 1.0)) ** 2 * equations)
+    limit = (TOLERANCE / 2 * max(float(before.misfit), 1.0)) ** 2 * equations
+    return bool(added <= limit and after.misfit >= before.misfit / 2)
 
 
 def _start(found: list[Component]) -> _Start:
