@@ -1,7 +1,8 @@
 """What the examples found leave of a batch's gradient, and the others in it.
 
-Taking k examples out of B leaves a matrix of rank B - k. Its row space holds the features of the others, its column
-space their gradients: far fewer unknowns for each of them, against as many equations; one, for the last.
+Taking k examples out of B leaves a matrix of rank B - k, whose row space holds the features of the others: far fewer
+unknowns for each of them, against as many equations; one, for the last. Errors of those taken out hardly move that row
+space, but they do move the column space: the equations stay those of the whole gradient.
 """
 
 from dataclasses import replace
