@@ -18,12 +18,14 @@ from softinv_jax.batches.joint import STEPS, JointFit, fit_jointly
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["Together", "described", "explains", "fit_found", "grow", "simplified"]
+__all__ = ["Together", "described", "explains", "fit_found", "grow", "pruned", "simplified"]
 
 # Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
 LARGEST_EXPECTED = 1.4
 SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
 TRIAL_STEPS = 40  # What goes with the others is near already.
+PRUNING_STEPS = 10  # Whether all but one go together shows sooner.
+LARGEST_PRUNED = 1 / 3  # Of a set in which more are wrong, nothing is known.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
 
@@ -82,6 +84,29 @@ def grow(
     for part in (candidates[:half], candidates[half:]):
         known = grow(subspace, known, part, divisor)
     return known
+
+
+def pruned(subspace: BatchSubspace, known: Together, divisor: Divisor) -> Together:
+    """Without the few that are wrong, if all others explain the gradient; else as it was.
+
+    A wrong one among the first lets in what fits no worse; of a larger set, all but that one go together.
+    """
+    kept, start, fit = list(known.examples), known.start, known.fit
+    for _ in range(int(LARGEST_PRUNED * len(kept))):
+        if explains(fit):
+            break
+        best: tuple[int, JointFit] | None = None
+        for index in range(len(kept)):
+            others = _Start(*(np.delete(array, index, axis=0) for array in start))
+            trial = _fit(subspace, others, divisor, PRUNING_STEPS)
+            assert trial is not None
+            if best is None or trial.misfit < best[1].misfit:
+                best = index, trial
+        assert best is not None
+        index, fit = best
+        del kept[index]
+        start = _after(fit, _Start(*(np.delete(array, index, axis=0) for array in start)))
+    return Together(kept, fit, start) if explains(fit) else known
 
 
 def simplified(subspace: BatchSubspace, known: Together, divisor: Divisor) -> Together:

@@ -14,7 +14,7 @@ import numpy as np
 from softinv_jax.batches.candidates import cost, is_nontrivial, is_same, solve, split
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.elimination import TARGETS
-from softinv_jax.batches.growth import Together, described, explains, fit_found, grow, simplified
+from softinv_jax.batches.growth import Together, described, explains, fit_found, grow, pruned, simplified
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.proposals import propose
 from softinv_jax.batches.subspace import BatchSubspace
@@ -57,7 +57,10 @@ def deflate(subspace: BatchSubspace, fit: JointFit) -> tuple[BatchSubspace, np.n
     missing = rank - len(fit.coordinates)
     prediction = np.asarray(jax.nn.softmax(fit.coordinates @ directions.T, axis=1))
     remainder = observed - (prediction - fit.label).T @ fit.coordinates / fit.divisor
-    right = np.linalg.svd(remainder / np.asarray(subspace.noise)[:, None], full_matrices=False)[2]
+    # Errors of the levels of their labels move all rows alike, and rows of unlikely classes are known far better.
+    noise = np.asarray(subspace.noise)[:, None]
+    level = (1 / noise) / np.linalg.norm(1 / noise)
+    right = np.linalg.svd((remainder / noise) - level @ (level.T @ (remainder / noise)), full_matrices=False)[2]
     basis = right[:missing].T
     padded = jnp.asarray(np.pad(basis, ((0, 0), (0, rank - missing))))
     confined = replace(
@@ -104,11 +107,13 @@ def gather(
 
 def _spread(subspace: BatchSubspace, known: Together | None, divisor: Divisor) -> Together | None:
     """With more examples from what those known leave, as long as there are more; the same object if there are none."""
-    rounds = list(ROUNDS)
+    rounds, most = list(ROUNDS), 0
     while known is not None and rounds and len(known.examples) < subspace.singular_values.size:
         wider = grow(subspace, known, _search_remainder(subspace, known, divisor, *rounds.pop(0)), divisor)
-        if wider is not None and wider is not known:
-            known, rounds = wider, list(ROUNDS)
+        assert wider is not None
+        known = wider if wider is known else pruned(subspace, wider, divisor)
+        if len(known.examples) > most:
+            most, rounds = len(known.examples), list(ROUNDS)
     return known
 
 
