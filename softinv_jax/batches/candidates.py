@@ -22,6 +22,7 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 __all__ = [
     "accepted",
     "cliques",
+    "complement",
     "cost",
     "distinct",
     "in_pieces",
@@ -31,6 +32,7 @@ __all__ = [
     "overlaps",
     "solve",
     "split",
+    "without",
 ]
 
 PIECE = 64  # Starts solved at a time.
@@ -43,16 +45,18 @@ def solve(
     divisor: Divisor,
     weights: np.ndarray | None = None,
     iterations: int = ITERATIONS,
+    bases: np.ndarray | None = None,
 ) -> Component:
-    """All starts; NumPy."""
+    """All starts; NumPy. bases: (B, B) for all of them, or (n, B, B)."""
     chosen = targets.astype(np.int32)
+    bases = np.broadcast_to(np.eye(starts.shape[1]) if bases is None else bases, (len(starts), *[starts.shape[1]] * 2))
     if weights is None:
         weights = in_pieces(partial(starting_weights, subspace), starts, chosen)
 
     def solve_piece(*piece: jax.Array) -> Component:
-        return solve_components(subspace, *piece, divisor, iterations)
+        return solve_components(subspace, *piece[:3], divisor, iterations, piece[3])
 
-    return in_pieces(solve_piece, starts, chosen, weights)
+    return in_pieces(solve_piece, starts, chosen, weights, bases)
 
 
 def in_pieces(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -135,6 +139,28 @@ def accepted(
         if not again and not any(is_same(one, other, values) for other in found + taken):
             taken.append(one)
     return taken
+
+
+def complement(found: list[Component], values: np.ndarray) -> np.ndarray:
+    """(B, B) orthonormal columns, zeros in the last places: coordinates of whatever is dual to those found.
+
+    With x_i^T G^+ g_j = 0, exact g_j leave that many fewer unknowns to any other example, however vague x_j is.
+    """
+    rank = values.size
+    duals = np.array([one.dual / values for one in found]).reshape(len(found), rank)
+    duals = duals / np.maximum(np.linalg.norm(duals, axis=1, keepdims=True), 1e-300)
+    basis = np.zeros((rank, rank))
+    basis[:, : max(rank - len(found), 0)] = np.linalg.svd(duals)[2][len(found) :].T
+    return basis
+
+
+def without(observed: np.ndarray, found: list[Component], values: np.ndarray) -> np.ndarray:
+    """(C, B) rows of the gradient less the examples found, and dual to them: free of the errors of their features."""
+    if not found:
+        return observed
+    duals = np.array([one.dual / values for one in found])
+    coordinates = np.array([one.coordinates for one in found])
+    return observed - (observed @ duals.T) @ np.linalg.solve(coordinates @ duals.T, coordinates)
 
 
 def overlaps(pool: list[Component], values: np.ndarray) -> np.ndarray:

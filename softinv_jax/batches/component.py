@@ -14,7 +14,7 @@ with D what the sum of the outer products was divided by, B for a mean: one more
 every example tells it by itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -203,6 +203,7 @@ def solve_components(
     weights: jax.Array,
     divisor: Divisor,
     iterations: int | jax.Array = ITERATIONS,
+    bases: jax.Array | None = None,
 ) -> Component:
     """Solve from every start.
 
@@ -212,20 +213,24 @@ def solve_components(
       weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
       divisor: D.
       iterations: at most; with 0 the starts themselves are described.
+      bases: (n, B, B) orthonormal columns, or zeros in the last places: each a is confined to what they span.
 
     Returns:
       A `Component` with a leading axis n.
     """
 
-    def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Component:
-        start, chosen, own = inputs
-        eliminator = eliminate_linear(subspace, chosen, own)
-        found = _search(subspace, start, eliminator, divisor, iterations)
+    def one(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> Component:
+        start, chosen, own, basis = inputs
+        confined = subspace if basis is None else subspace.confined(basis)
+        start = start if basis is None else start @ basis
+        eliminator = eliminate_linear(confined, chosen, own)
+        found = _search(confined, start, eliminator, divisor, iterations)
         settling = jnp.minimum(iterations, SETTLING)
-        found = _settle(subspace, found, chosen, _weights(subspace, found, eliminator), divisor, settling)
-        return _describe(subspace, found, chosen, _weights(subspace, found, eliminator), divisor)
+        found = _settle(confined, found, chosen, _weights(confined, found, eliminator), divisor, settling)
+        solution = _describe(confined, found, chosen, _weights(confined, found, eliminator), divisor)
+        return solution if basis is None else replace(solution, coordinates=basis @ found)
 
-    return jax.lax.map(one, (starts, targets, weights), batch_size=8)
+    return jax.lax.map(one, (starts, targets, weights, bases), batch_size=8)
 
 
 def _describe(

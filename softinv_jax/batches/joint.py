@@ -16,9 +16,9 @@ from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
 
-__all__ = ["STEPS", "JointFit", "fit_jointly"]
+__all__ = ["JointFit", "fit_jointly"]
 
-STEPS = 150
+STEPS = 60
 # Fits to the residuals of the fit before, until no row is fitted any better: as the logarithm of its mean square.
 PASSES = 12
 SETTLED = 0.1
@@ -51,21 +51,6 @@ class _Point(NamedTuple):
     divisor: jax.Array
 
 
-class _Blocks(NamedTuple):
-    """Of the normal equations: J^T J (n, r + T, n, r + T), J^T residual (n, r + T), and the sum of squares ().
-
-    scaling: (n, r + T) of J^T J, what belongs to the logarithm of D. square: () its diagonal. product: () of J^T
-    residual.
-    """
-
-    normal: jax.Array
-    toward: jax.Array
-    loss: jax.Array
-    scaling: jax.Array
-    square: jax.Array
-    product: jax.Array
-
-
 def _transposed(moving: jax.Array, gradient: jax.Array, projected: jax.Array, values: jax.Array) -> jax.Array:
     """(n, r + T) J^T of (C, r) values."""
     product = jnp.einsum("bkj,bj->bk", moving, projected @ values.T)
@@ -83,27 +68,18 @@ def fit_jointly(
     weights: jax.Array,
     targets: jax.Array,
     divisor: Divisor,
-    missing: int | jax.Array = 0,
-    steps: int | jax.Array = STEPS,
 ) -> JointFit:
     """Levenberg-Marquardt on all unknowns at once, until it gains nothing more.
-
-    With examples missing, whatever they are, they are a matrix of rank `missing`: the best such one is taken out of the
-    residual (Eckart and Young 1936), on the left and on the right.
 
     Args:
       subspace: of the batch.
       coordinates: (n, r) start, one row an example. weights: (n, TARGETS) start. targets: (n, TARGETS), -1 for none.
       divisor: D; free unless its deviation is 0.
-      missing: the last so many rows are not examples, but missing ones; zeros.
-      steps: at most, in each of its passes.
     """
     count, rank = coordinates.shape
-    present = jnp.arange(count) < count - missing
-    complete = missing == 0
     number_of_classes = subspace.left.shape[0]
     observed = subspace.left * subspace.singular_values[None, :]
-    used = (targets >= 0) & present[:, None]
+    used = targets >= 0
     singled = jax.nn.one_hot(targets, number_of_classes, dtype=jnp.float64) - used[..., None] / number_of_classes
     has_constant = jnp.any(subspace.constant != 0)
     is_free = divisor.deviation > 0
@@ -144,12 +120,6 @@ def fit_jointly(
         scaled = values / own.reshape((1,) * (values.ndim - 1) + (-1,))
         return scaled - (scaled @ (directions * shrinkage[None, :])) @ directions.T
 
-    def missing_part(values: jax.Array, missing: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As many leading singular vectors of (C, r) values, as (C, r) and (r, r); the others are 0."""
-        left, _, right = jnp.linalg.svd(values, full_matrices=False)
-        leading = jnp.arange(rank) < missing
-        return left * leading[None, :], right.T * leading[None, :]
-
     def normal_equations(flat: jax.Array, noises: tuple) -> NormalEquations:
         """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / D for a_bs."""
         coordinates, weights, value = unflatten(flat)
@@ -157,68 +127,53 @@ def fit_jointly(
         mean = prediction @ subspace.directions
         slope = prediction[:, :, None] * (subspace.directions[None] - mean[:, None, :])
         weight_slope = -jnp.where(used[..., None], singled, 0.0)
-        error = jnp.where(present[:, None], prediction - labels(weights), 0.0)
-        slope = jnp.where(present[:, None, None], slope, 0.0)
         # Everything that moves g_b, its coordinates and its weights, moves row j by a multiple of a_b.
         moves = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1) / value  # (n, r + T, C)
-        constant = jnp.where(has_constant & present, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
-        pull = jnp.where(present[:, None], subspace.constant / subspace.roundoff, 0.0)
+        constant = jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
+        pull = subspace.constant / subspace.roundoff
         normal = jnp.zeros((count, rank + TARGETS) * 2)
         each = jnp.arange(count)
-        normal = normal.at[each, :rank, each, :rank].add(pull[:, :, None] * pull[:, None, :])
-        toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull)
-
-        def added(blocks: _Blocks, kept: jax.Array, noise: tuple, missing: int | jax.Array) -> _Blocks:
-            gradient, seen, moving = whitened(error, noise) / value, whitened(observed.T, noise), whitened(moves, noise)
-            left, right = missing_part(gradient.T @ (coordinates @ kept) - seen.T @ kept, missing)
-            gradient, seen, moving = (values - (values @ left) @ left.T for values in (gradient, seen, moving))
-            projector = kept - right @ right.T
+        normal = normal.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
+        toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull[None, :])
+        loss = jnp.sum(constant**2)
+        scaling = jnp.zeros((count, rank + TARGETS))  # Of J^T J, what belongs to the logarithm of D,
+        square, product = jnp.zeros(()), jnp.zeros(())  # its diagonal, and what belongs to it in J^T residual.
+        for projector, noise in zip((along, across), noises, strict=True):
             projected = coordinates @ projector
+            gradient = whitened(prediction - labels(weights), noise) / value
             model = gradient.T @ projected
-            residual = model - seen.T @ projector
+            residual = model - whitened(observed.T, noise).T @ projector
+            moving = whitened(moves, noise)
             stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
             products = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
-            normal = blocks.normal + products * (projected @ projected.T)[:, None, :, None]
+            normal = normal + products * (projected @ projected.T)[:, None, :, None]
             cross = (stacked @ gradient.T).reshape(count, rank + TARGETS, count)
             mixed = jnp.einsum("bkc,bs->bkcs", cross, projected)
             normal = normal.at[:, :, :, :rank].add(mixed)
             normal = normal.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
             normal = normal.at[:, :rank, :, :rank].add(jnp.einsum("bj,cj,rs->brcs", gradient, gradient, projector))
-            return _Blocks(
-                normal=normal,
-                toward=blocks.toward + _transposed(moving, gradient, projected, residual),
-                loss=blocks.loss + jnp.sum(residual**2),
-                scaling=blocks.scaling - _transposed(moving, gradient, projected, model),
-                square=blocks.square + jnp.sum(model**2),
-                product=blocks.product - jnp.sum(model * residual),
-            )
-
-        blocks = _Blocks(normal, toward, jnp.sum(constant**2), jnp.zeros_like(toward), jnp.zeros(()), jnp.zeros(()))
-        blocks = added(blocks, across, noises[1], missing)
-        # With examples missing this direction is left out: a matrix of some rank stays one only in the same units.
-        blocks = jax.lax.cond(complete, lambda: added(blocks, along, noises[0], 0), lambda: blocks)
+            toward = toward + _transposed(moving, gradient, projected, residual)
+            loss = loss + jnp.sum(residual**2)
+            scaling = scaling - _transposed(moving, gradient, projected, model)
+            square, product = square + jnp.sum(model**2), product - jnp.sum(model * residual)
 
         def ordered(values: jax.Array) -> jax.Array:
             """(n, r + T, ...) to all coordinates, then all weights."""
             parts = values[:, :rank], values[:, rank:]
             return jnp.concatenate([part.reshape(-1, *values.shape[2:]) for part in parts])
 
-        normal = ordered(ordered(blocks.normal).transpose(1, 2, 0)).T
-        last = jnp.where(is_free, ordered(blocks.scaling), 0.0)
-        square, product = (jnp.where(is_free, entry, 0.0) for entry in (blocks.square, blocks.product))
-        normal = jnp.block([[normal, last[:, None]], [last[None, :], square[None, None]]])
-        return NormalEquations(normal, jnp.append(ordered(blocks.toward), product), blocks.loss)
+        normal = ordered(ordered(normal).transpose(1, 2, 0)).T
+        last = jnp.where(is_free, ordered(scaling), 0.0)
+        normal = jnp.block([[normal, last[:, None]], [last[None, :], jnp.where(is_free, square, 0.0)[None, None]]])
+        return NormalEquations(normal, jnp.append(ordered(toward), jnp.where(is_free, product, 0.0)), loss)
 
-    def step(state: tuple) -> tuple:
-        """A fit to the noise and, but for the last, to what the residuals of each row are now."""
+    def fit(state: tuple) -> tuple:
+        """To the noise and, but for the last time, to what the residuals of each row are now."""
         number, flat, _, previous, _ = state
         start = unflatten(flat)
         prediction = jax.nn.softmax(start.coordinates @ subspace.directions.T, axis=1)
         difference = (prediction - labels(start.weights)).T @ start.coordinates / start.divisor - observed
-        left, right = missing_part(difference @ across / subspace.noise[:, None], missing)
-        rest = difference - (difference @ right) @ right.T
-        rest = rest - subspace.noise[:, None] * (left @ (left.T @ (rest / subspace.noise[:, None])))
-        square = jnp.mean(jnp.where(complete, difference, rest @ across) ** 2, axis=1)
+        square = jnp.mean(difference**2, axis=1)
         level = jnp.mean(jnp.log(square + subspace.noise**2))
         last = (level > previous - SETTLED) | (number == PASSES)
         misfit = jnp.where(last, 0.0, jnp.sqrt(square))
@@ -226,14 +181,14 @@ def fit_jointly(
             whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
             whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
         )
-        flat, equations = minimise(partial(normal_equations, noises=noises), flat, steps, 1e-6, _solve)
+        flat, equations = minimise(partial(normal_equations, noises=noises), flat, STEPS, 1e-6, _solve)
         return number + 1, flat, equations, level, last
 
     flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel(), jnp.zeros((1,))])
     # The best known rows count only as far as the fit has got to, so that they do not hide all others.
-    equations = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, (0, flat, None, 0.0, False))[2])
+    equations = jax.tree.map(jnp.zeros_like, jax.eval_shape(fit, (0, flat, None, 0.0, False))[2])
     state = (jnp.int32(0), flat, equations, jnp.asarray(jnp.inf), jnp.asarray(False))
-    _, flat, equations, _, _ = jax.lax.while_loop(lambda state: ~state[-1], step, state)
+    _, flat, equations, _, _ = jax.lax.while_loop(lambda state: ~state[-1], fit, state)
     normal = equations.normal
     scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
     scaled = normal / scale[:, None] / scale[None, :]
@@ -246,12 +201,9 @@ def fit_jointly(
     own = block[jnp.arange(count), :, jnp.arange(count), :]
     own = jnp.where(used[:, :, None] & used[:, None, :], own, 0.0)
     label_variance = jnp.einsum("btc,bts,bsc->bc", singled, own, singled)
-    found = count - missing
-    unknowns = found * rank + jnp.sum(used) + is_free
+    unknowns = count * rank + jnp.sum(used) + is_free
     # The columns of G V sum to zero over classes, whatever the unknowns.
-    columns = rank - jnp.where(complete, 0, 1)
-    unknowns = unknowns + missing * (number_of_classes - 1 + columns - missing)
-    freedom = (number_of_classes - 1) * columns + jnp.where(has_constant, found, 0) - unknowns
+    freedom = (number_of_classes - 1) * rank + jnp.where(has_constant, count, 0) - unknowns
     freedom = jnp.maximum(freedom, 1)
     misfit = jnp.sqrt(equations.loss / freedom)
     # Residuals larger than expected mean more noise than expected.

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from softinv_jax.batches.assembly import NEARLY_DUAL
 from softinv_jax.batches.candidates import cost, distinct, is_plausible, overlaps, solve, split
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.evidence import example_surprise, joint_surprise
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.proposals import propose
-from softinv_jax.batches.search import NEARLY_DUAL, search_batch
+from softinv_jax.batches.search import search_batch
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.recovery import UNIQUE_SURPRISE
 from softinv_jax.labels.scalar_equation import TOLERANCE

@@ -7,7 +7,7 @@ B < C and B <= d, every g_b lies in the column space of R U, and every feature i
 attack works with a_b alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,15 @@ class BatchSubspace:
     noise: jax.Array
     common: jax.Array
     roundoff: jax.Array
+
+    def confined(self, basis: jax.Array) -> "BatchSubspace":
+        """The same with features V basis c in place of V a; basis: (B, B) orthonormal columns, or zeros."""
+        return replace(
+            self,
+            directions=self.directions @ basis,
+            coupling=basis.T @ self.coupling,
+            constant=self.constant @ basis,
+        )
 
 
 def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int]) -> int:

@@ -1,0 +1,41 @@
+"""Whether examples explain the gradient of a batch together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.batches.component import Component, Divisor
+from softinv_jax.batches.elimination import TARGETS
+from softinv_jax.batches.joint import JointFit, fit_jointly
+from softinv_jax.batches.subspace import BatchSubspace
+from softinv_jax.labels.scalar_equation import TOLERANCE
+
+__all__ = ["explains", "fit_found"]
+
+# Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
+LARGEST_EXPECTED = 1.4
+SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
+# With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
+LARGEST_JOINT = 6144
+
+
+def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> JointFit | None:
+    """The joint fit of all examples, from where they were found; NumPy. None where it would be too large."""
+    rank = subspace.singular_values.size
+    if rank * (rank + TARGETS) > LARGEST_JOINT:
+        return None
+    coordinates = jnp.asarray([one.coordinates for one in found])
+    targets = np.array([one.targets for one in found], np.int32)
+    weights = jnp.asarray([np.where(one.targets >= 0, one.label[one.targets] - one.level, 0.0) for one in found])
+    return jax.tree.map(np.asarray, fit_jointly(subspace, coordinates, weights, jnp.asarray(targets), divisor))
+
+
+def explains(joint: JointFit) -> bool:
+    """Residuals no larger than noise may make them: at most half of what a single one may be, as root mean square.
+
+    With many degrees of freedom far less: six of its own standard deviations above what expecting too little noise
+    explains. And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
+    """
+    expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
+    smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
+    return bool(smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))

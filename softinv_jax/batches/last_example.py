@@ -1,0 +1,86 @@
+"""The last example of a batch, when all others are known."""
+
+import numpy as np
+
+from softinv_jax.batches.candidates import complement, cost, is_nontrivial, is_plausible, is_same, solve, split
+from softinv_jax.batches.component import Component, Divisor
+from softinv_jax.batches.elimination import TARGETS
+from softinv_jax.batches.explanation import explains, fit_found
+from softinv_jax.batches.joint import JointFit
+from softinv_jax.batches.subspace import BatchSubspace
+
+__all__ = ["complete_last"]
+
+SCAN = 1000  # Scalars tried for the last example, of either sign,
+LAST_STARTS = 32  # how many of them are refined,
+LAST_STEPS = 20  # by how many steps,
+LAST_TRIED = 6  # and how many then take part in a joint fit.
+
+
+def complete_last(
+    subspace: BatchSubspace, found: list[Component], divisor: Divisor, *, confined: bool
+) -> tuple[list[Component], JointFit] | None:
+    """The last example: its two factors are known up to one scalar, as those of a single example's gradient are.
+
+    Dual to all others, x and g have one direction left each; duality fixes their product. The scalar is scanned, and
+    what explains most is left to the joint fit, which also sharpens the others. `confined`: with many classes that
+    scalar's own equations are enough to tell what is worth a joint fit.
+    """
+    left, values = np.asarray(subspace.left), np.asarray(subspace.singular_values)
+    duals = np.array([one.dual / values for one in found]).reshape(len(found), values.size)
+    others = np.array([one.coordinates / values for one in found]).reshape(len(found), values.size)
+    direction, dual = np.linalg.svd(duals)[2][-1], np.linalg.svd(others)[2][-1]
+    product = (direction / values) @ dual
+    if not np.isfinite(product) or product == 0:
+        return None
+    dual = dual * divisor.value / product
+    constant = float(np.asarray(subspace.constant) @ direction)
+    scalars, targets = _scan_scalars(np.asarray(subspace.directions) @ direction, left @ dual, constant)
+    starts = scalars[:, None] * direction
+    bases = complement(found, values) if confined else None
+    solved = split(solve(subspace, starts, targets, divisor, None, LAST_STEPS, bases))
+    worthy = is_plausible if confined else is_nontrivial
+    for one in sorted(filter(worthy, solved), key=cost)[:LAST_TRIED]:
+        if any(is_same(one, other, values) for other in found):
+            continue
+        joint = fit_found(subspace, [*found, one], divisor)
+        if joint is not None and explains(joint):
+            return [*found, one], joint
+    return None
+
+
+def _scan_scalars(logits: np.ndarray, gradient: np.ndarray, constant: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scalars lambda at which most of y = softmax(lambda z) - u / lambda agrees, and classes that do not.
+
+    Args:
+      logits: (C,) z. gradient: (C,) u. constant: the constant feature of a head with a bias at lambda = 1, or 0.
+
+    Returns:
+      (n,) and (n, TARGETS) int32, -1 for none.
+    """
+    spread = max(float(np.ptp(logits)), 1e-300)
+    magnitudes = np.geomspace(0.02, 500.0, SCAN) / spread
+    if constant != 0:
+        magnitudes = np.array([abs(1 / constant)])
+    scalars = np.concatenate([-magnitudes[::-1], magnitudes])
+    shifted = scalars[:, None] * logits
+    prediction = np.exp(shifted - shifted.max(axis=1, keepdims=True))
+    prediction /= prediction.sum(axis=1, keepdims=True)
+    label = prediction - gradient / scalars[:, None]
+    level = np.median(label, axis=1, keepdims=True)
+    # How far a step of the scan moves each entry bounds how well it can agree.
+    slope = prediction * (shifted - np.sum(prediction * shifted, axis=1, keepdims=True)) + np.abs(label - prediction)
+    residual = np.abs(label - level) / (np.abs(slope) * np.log(magnitudes[-1] / magnitudes[0]) / SCAN + 1e-9)
+    order = np.argsort(-residual, axis=1)
+    loss = np.sum(np.minimum(np.take_along_axis(residual, order[:, TARGETS:], axis=1), 1e6) ** 2, axis=1)
+    starts: list[float] = []
+    targets: list[list[int]] = []
+    # The best of each stretch: where all of them agree because u / lambda is nothing, its neighbours do too.
+    for stretch in np.array_split(np.arange(len(scalars)), min(LAST_STARTS, len(scalars))):
+        index = stretch[np.argmin(loss[stretch])]
+        for count in range(1, TARGETS + 1):
+            starts.append(scalars[index])
+            strongest = order[index, :TARGETS]
+            strongest = strongest[np.argsort(-label[index, strongest])]
+            targets.append([*strongest[:count], *(-1,) * (TARGETS - count)])
+    return np.array(starts), np.array(targets, np.int32)
