@@ -46,15 +46,13 @@ def search_confined(
             most, rounds = len(found), [round_ for round_ in rounds if round_ is None] + list(ROUNDS)
         if rounds and len(found) < values.size - 1:
             continue
-        revised, wrong = without_contradictions(subspace, found, divisor)
-        if not wrong:
-            completed = _completed(subspace, found, divisor)
-            if completed is not None:
-                return completed
+        completed = _completed(subspace, found, divisor)
+        if completed is not None:
+            return completed
         revisions += 1
         if revisions > REVISIONS:
             break
-        found, rejected = revised, rejected + wrong
+        found, wrong = without_contradictions(subspace, found, divisor)
         if len(found) == values.size:
             # Each explains its own equation, dual to the others, but not all together: the one that fits worst.
             rejected.append(found.pop(max(range(len(found)), key=lambda index: found[index].misfit)))

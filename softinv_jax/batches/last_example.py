@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from softinv_jax.batches.candidates import complement, cost, is_nontrivial, is_plausible, is_same, solve, split
+from softinv_jax.batches.candidates import complement, cost, is_nontrivial, is_same, solve, split
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.explanation import explains, fit_found
@@ -15,6 +15,7 @@ SCAN = 1000  # Scalars tried for the last example, of either sign,
 LAST_STARTS = 32  # how many of them are refined,
 LAST_STEPS = 20  # by how many steps,
 LAST_TRIED = 6  # and how many then take part in a joint fit.
+LARGEST_MISFIT, LARGEST_ERROR = 100.0, 0.1  # Of solutions that are worth one.
 
 
 def complete_last(
@@ -39,7 +40,7 @@ def complete_last(
     starts = scalars[:, None] * direction
     bases = complement(found, values) if confined else None
     solved = split(solve(subspace, starts, targets, divisor, None, LAST_STEPS, bases))
-    worthy = is_plausible if confined else is_nontrivial
+    worthy = _is_near if confined else is_nontrivial
     for one in sorted(filter(worthy, solved), key=cost)[:LAST_TRIED]:
         if any(is_same(one, other, values) for other in found):
             continue
@@ -47,6 +48,16 @@ def complete_last(
         if joint is not None and explains(joint):
             return [*found, one], joint
     return None
+
+
+def _is_near(one: Component) -> bool:
+    """A label, nearly, and dual to itself, nearly: errors of the others are in it, which its deviations do not know."""
+    return bool(
+        one.misfit <= LARGEST_MISFIT
+        and abs(one.duality) <= LARGEST_ERROR
+        and np.all(one.label >= -LARGEST_ERROR)
+        and np.all(one.label <= 1 + LARGEST_ERROR)
+    )
 
 
 def _scan_scalars(logits: np.ndarray, gradient: np.ndarray, constant: float) -> tuple[np.ndarray, np.ndarray]:
