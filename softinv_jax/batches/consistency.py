@@ -35,12 +35,12 @@ def unrivalled(
     second = np.where(second < 0, first, second)
     alone = np.concatenate([first, second])
     single = np.stack([alone, np.full_like(alone, -1)], axis=1)
-    starts, bases = np.concatenate([stacked.coordinates] * 2), np.concatenate([bases] * 2)
-    bare = solve(subspace, starts, single, divisor, bases=bases)
+    twice = np.concatenate([stacked.coordinates] * 2)
+    bare = solve(subspace, twice, single, divisor, None, 0, np.concatenate([bases] * 2))
     extra = in_pieces(partial(strongest_residual, subspace), bare)
-    pairs = np.concatenate([np.stack([alone, other], axis=1) for other in extra.T])
-    starts, bases = np.concatenate([bare.coordinates] * 2), np.concatenate([bases] * 2)
-    every = split(bare) + split(solve(subspace, starts, pairs, divisor, bases=bases))
+    choices = np.concatenate([single, *(np.stack([alone, other], axis=1) for other in extra.T)])
+    starts = np.concatenate([stacked.coordinates] * (len(choices) // len(candidates)))
+    every = split(solve(subspace, starts, choices, divisor, bases=np.resize(bases, (len(starts), *bases.shape[1:]))))
     sure: list[Component] = []
     doubtful: list[Component] = []
     for index, candidate in enumerate(candidates):
