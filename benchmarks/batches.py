@@ -2,7 +2,7 @@
 
     python benchmarks/batches.py [--dataset cifar10] [--data-dir DIR] [--batches 10] [--quick | --full]
                                  [--cases 100:8 100:16 ...] [--trained-cases 10:2 10:3 ...] [--seeds 5]
-                                 [--unknown-scale-cases 100:8 ...]
+                                 [--unknown-scale-cases 100:8 ...] [--formats hard smoothing mixup smoothed_mixup]
 
 Each case is C:B, the number of classes and the batch size, for the untrained network (`--cases`) and for those trained
 with smoothing and mixup (`--trained-cases`; C of the data set). As it is, batches of up to 24 with 10 and 100 classes,
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", metavar="C:B")
     parser.add_argument("--trained-cases", nargs="*", metavar="C:B")
     parser.add_argument("--unknown-scale-cases", nargs="*", metavar="C:B")
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--add", action="store_true", help="keep the rows that are there of cases that are not run now")
     arguments = parser.parse_args()
     run = Run("batches", arguments)
@@ -176,7 +177,7 @@ def fill(
         own = [(case, False) for case in (untrained if name == "untrained" else trained)]
         own += [(case, True) for case in unscaled if name == "untrained"]
         for (_, size), unknown in [each for each in own if each[0][0] == number_of_classes]:
-            for family in FORMATS:
+            for family in run.arguments.formats:
                 where = (run, name, number_of_classes, network, parameters, images, classes, size, family)
                 run.add(**measure(*where, unknown_scale=unknown))
 

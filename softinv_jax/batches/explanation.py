@@ -15,6 +15,7 @@ __all__ = ["explains", "fit_found"]
 # Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
 LARGEST_EXPECTED = 1.4
 SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
+LARGEST_DECREMENT = 4.0  # Within two of its own deviations of where it ends; beyond, they are those of another place.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
 
@@ -31,11 +32,12 @@ def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor)
 
 
 def explains(joint: JointFit) -> bool:
-    """Residuals no larger than noise may make them: at most half of what a single one may be, as root mean square.
+    """Converged, and residuals no larger than noise may make them: at most half of what a single one may be, as root mean square.
 
     With many degrees of freedom far less: six of its own standard deviations above what expecting too little noise
     explains. And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
     """
     expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
-    return bool(smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))
+    converged = joint.decrement <= LARGEST_DECREMENT
+    return bool(converged and smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))

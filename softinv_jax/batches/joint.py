@@ -30,6 +30,7 @@ class JointFit(NamedTuple):
     coordinates: (B, r). label: (B, C), structured.
     coordinates_deviation: (B, r) and label_deviation: (B, C), standard deviations.
     misfit: () root mean square residual in standard deviations, with the degrees of freedom left. freedom: () those.
+    decrement: () what one more step would take off the sum of squares: below 1, it has converged.
     divisor: () D, as the fit found it. divisor_deviation: () relative, 0 if it was known.
     """
 
@@ -39,6 +40,7 @@ class JointFit(NamedTuple):
     label_deviation: jax.Array
     misfit: jax.Array
     freedom: jax.Array
+    decrement: jax.Array
     divisor: jax.Array
     divisor_deviation: jax.Array
 
@@ -215,6 +217,7 @@ def fit_jointly(
         label_deviation=excess * jnp.sqrt(jnp.maximum(label_variance, 0.0)),
         misfit=misfit,
         freedom=freedom,
+        decrement=equations.toward @ covariance @ equations.toward,
         divisor=value,
         divisor_deviation=jnp.where(is_free, excess * jnp.sqrt(variance[-1]), 0.0),
     )

@@ -87,8 +87,9 @@ def _scan_scalars(logits: np.ndarray, gradient: np.ndarray, constant: float) -> 
     starts: list[float] = []
     targets: list[list[int]] = []
     # The best of each stretch: where all of them agree because u / lambda is nothing, its neighbours do too.
-    for stretch in np.array_split(np.arange(len(scalars)), min(LAST_STARTS, len(scalars))):
-        index = stretch[np.argmin(loss[stretch])]
+    stretches = np.array_split(np.arange(len(scalars)), min(LAST_STARTS, len(scalars)))
+    best = [stretch[np.argmin(loss[stretch])] for stretch in stretches]
+    for index in dict.fromkeys([*np.argsort(loss)[:LAST_STARTS], *best]):
         for count in range(1, TARGETS + 1):
             starts.append(scalars[index])
             strongest = order[index, :TARGETS]
