@@ -34,8 +34,9 @@ def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor)
 def explains(joint: JointFit) -> bool:
     """Converged, with residuals no larger than noise may make them.
 
-    As root mean square at most half of what a single one may be. With many degrees of freedom far less: six of its own standard deviations above what expecting too little noise
-    explains. And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
+    As root mean square at most half of what a single one may be. With many degrees of freedom far less: six of its own
+    standard deviations above what expecting too little noise explains. And not next to nothing: then it is the noise
+    that is too large, of an example that ran off to infinity.
     """
     expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED

@@ -85,6 +85,17 @@ def test_mixed_formats_none_told(seed: int) -> None:
     assert found.residual < 1e-5
 
 
+def test_nearly_as_many_unknowns_as_one_equation_tells() -> None:
+    """23 equations of 16 unknowns and a weight or two each: those found make the others easier."""
+    batch = draw_batch(MIXED * 4, 3)
+    found = recovered(batch, len(batch.labels))
+    assert np.all(found.verdict == Verdict.UNIQUE)
+    error, feature = matched(found, batch)
+    assert error.max() < 1e-4
+    assert feature.max() < 1e-3
+    assert 0.1 < found.joint_misfit < 1.5
+
+
 def test_signed_features() -> None:
     batch = draw_batch(MIXED, 3, signed=True)
     found = recovered(batch, len(MIXED))
