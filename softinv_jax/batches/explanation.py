@@ -15,7 +15,7 @@ __all__ = ["explains", "fit_found"]
 # Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
 LARGEST_EXPECTED = 1.4
 SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
-# Within half as many of its own deviations of where it ends as errors may have; beyond, they are those of another place.
+# Within half as many deviations of where it ends as errors may have; beyond, they are those of another place.
 LARGEST_DECREMENT = (TOLERANCE / 2) ** 2
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
