@@ -14,7 +14,8 @@ __all__ = ["complete_last"]
 SCAN = 1000  # Scalars tried for the last example, of either sign,
 LAST_STARTS = 32  # how many of them are refined,
 LAST_STEPS = 20  # by how many steps,
-LAST_TRIED = 6  # and how many then take part in a joint fit.
+LAST_TRIED = 6  # and how many then take part in a joint fit,
+LAST_CONFINED = 2  # where the other equations tell them apart.
 LARGEST_MISFIT, LARGEST_ERROR = 100.0, 0.1  # Of solutions that are worth one.
 
 
@@ -41,7 +42,7 @@ def complete_last(
     bases = complement(found, values) if confined else None
     solved = split(solve(subspace, starts, targets, divisor, None, LAST_STEPS, bases))
     worthy = _is_near if confined else is_nontrivial
-    for one in sorted(filter(worthy, solved), key=cost)[:LAST_TRIED]:
+    for one in sorted(filter(worthy, solved), key=cost)[: LAST_CONFINED if confined else LAST_TRIED]:
         if any(is_same(one, other, values) for other in found):
             continue
         joint = fit_found(subspace, [*found, one], divisor)
