@@ -19,7 +19,7 @@ from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["search_confined"]
 
-REVISIONS = 3  # How often those found are gone over for wrong ones.
+REVISIONS = 8  # How often those found are gone over for wrong ones.
 
 
 def search_confined(
