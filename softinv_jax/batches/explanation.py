@@ -40,5 +40,5 @@ def explains(joint: JointFit) -> bool:
     """
     expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
-    converged = joint.decrement <= max(LARGEST_GAIN * joint.misfit**2 * joint.freedom, 1.0)
+    converged = float(joint.decrement) <= max(LARGEST_GAIN * float(joint.misfit**2 * joint.freedom), 1.0)
     return bool(converged and smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))
