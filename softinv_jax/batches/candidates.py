@@ -23,6 +23,7 @@ __all__ = [
     "accepted",
     "cliques",
     "complement",
+    "complements",
     "cost",
     "distinct",
     "in_pieces",
@@ -152,6 +153,11 @@ def complement(found: list[Component], values: np.ndarray) -> np.ndarray:
     basis = np.zeros((rank, rank))
     basis[:, : max(rank - len(found), 0)] = np.linalg.svd(duals)[2][len(found) :].T
     return basis
+
+
+def complements(found: list[Component], values: np.ndarray) -> np.ndarray:
+    """(n, B, B) for each of those found, the `complement` of all others."""
+    return np.array([complement(found[:index] + found[index + 1 :], values) for index in range(len(found))])
 
 
 def without(observed: np.ndarray, found: list[Component], values: np.ndarray) -> np.ndarray:

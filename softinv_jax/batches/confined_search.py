@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from softinv_jax.batches.candidates import accepted, complement, cost, is_same
+from softinv_jax.batches.candidates import accepted, complement, complements, cost, is_same
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.consistency import unrivalled, without_contradictions
-from softinv_jax.batches.explanation import explains, fit_found
 from softinv_jax.batches.joint import JointFit
-from softinv_jax.batches.last_example import complete_last
+from softinv_jax.batches.last_example import completed
 from softinv_jax.batches.rounds import RAY_ROUNDS, ROUNDS, polish, solutions
 from softinv_jax.batches.subspace import BatchSubspace
 
@@ -46,9 +45,9 @@ def search_confined(
             most, rounds = len(found), [round_ for round_ in rounds if round_ is None] + list(ROUNDS)
         if rounds and len(found) < values.size - 1:
             continue
-        completed = _completed(subspace, found, divisor)
-        if completed is not None:
-            return completed
+        whole = completed(subspace, found, divisor, confined=True)
+        if whole is not None:
+            return whole
         revisions += 1
         if revisions > REVISIONS:
             break
@@ -64,30 +63,13 @@ def search_confined(
             found, doubtful = found + added, []
         rounds = rounds or list(ROUNDS)
     # What is still doubtful is not told.
-    others = [complement(found[:index] + found[index + 1 :], values) for index in range(len(found))]
-    return unrivalled(subspace, found, np.array(others), divisor)[0], None
-
-
-def _completed(
-    subspace: BatchSubspace, found: list[Component], divisor: Divisor
-) -> tuple[list[Component], JointFit | None] | None:
-    """All examples, if they explain the gradient; the last one of them is looked for."""
-    rank = subspace.singular_values.size
-    if len(found) == rank - 1:
-        return complete_last(subspace, found, divisor, confined=True)
-    if len(found) == rank:
-        joint = fit_found(subspace, found, divisor)
-        if joint is None or explains(joint):
-            return found, joint
-    return None
+    return unrivalled(subspace, found, complements(found, values), divisor)[0], None
 
 
 def _different(doubtful: list[Component], found: list[Component], values: np.ndarray) -> list[Component]:
     """The likeliest, each once, of those that are not among those found; they leave one missing."""
     added: list[Component] = []
     for one in sorted(doubtful, key=cost):
-        if len(found) + len(added) < values.size - 1 and not any(
-            is_same(one, other, values) for other in found + added
-        ):
+        if not any(is_same(one, other, values) for other in found + added):
             added.append(one)
-    return added
+    return added[: max(values.size - 1 - len(found), 0)]

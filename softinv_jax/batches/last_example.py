@@ -1,4 +1,4 @@
-"""The last example of a batch, when all others are known."""
+"""Whether all examples of a batch are found; the last one, when all others are."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from softinv_jax.batches.explanation import explains, fit_found
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.subspace import BatchSubspace
 
-__all__ = ["complete_last"]
+__all__ = ["completed"]
 
 SCAN = 1000  # Scalars tried for the last example, of either sign,
 LAST_STARTS = 32  # how many of them are refined,
@@ -19,19 +19,35 @@ LAST_CONFINED = 2  # where the other equations tell them apart.
 LARGEST_MISFIT, LARGEST_ERROR = 100.0, 0.1  # Of solutions that are worth one.
 
 
-def complete_last(
+def completed(
+    subspace: BatchSubspace, found: list[Component], divisor: Divisor, *, confined: bool
+) -> tuple[list[Component], JointFit | None] | None:
+    """All examples, if they explain the gradient or the joint fit would be too large; with one missing, and it too.
+
+    `confined`: with many classes the last one's own equations are enough to tell what is worth a joint fit.
+    """
+    rank = subspace.singular_values.size
+    if len(found) == rank - 1:
+        return _with_last(subspace, found, divisor, confined=confined)
+    if len(found) == rank:
+        joint = fit_found(subspace, found, divisor)
+        if joint is None or explains(joint):
+            return found, joint
+    return None
+
+
+def _with_last(
     subspace: BatchSubspace, found: list[Component], divisor: Divisor, *, confined: bool
 ) -> tuple[list[Component], JointFit] | None:
     """The last example: its two factors are known up to one scalar, as those of a single example's gradient are.
 
     Dual to all others, x and g have one direction left each; duality fixes their product. The scalar is scanned, and
-    what explains most is left to the joint fit, which also sharpens the others. `confined`: with many classes that
-    scalar's own equations are enough to tell what is worth a joint fit.
+    what explains most is left to the joint fit, which also sharpens the others.
     """
     left, values = np.asarray(subspace.left), np.asarray(subspace.singular_values)
-    duals = np.array([one.dual / values for one in found]).reshape(len(found), values.size)
+    basis = complement(found, values)
     others = np.array([one.coordinates / values for one in found]).reshape(len(found), values.size)
-    direction, dual = np.linalg.svd(duals)[2][-1], np.linalg.svd(others)[2][-1]
+    direction, dual = basis[:, 0], np.linalg.svd(others)[2][-1]
     product = (direction / values) @ dual
     if not np.isfinite(product) or product == 0:
         return None
@@ -39,8 +55,7 @@ def complete_last(
     constant = float(np.asarray(subspace.constant) @ direction)
     scalars, targets = _scan_scalars(np.asarray(subspace.directions) @ direction, left @ dual, constant)
     starts = scalars[:, None] * direction
-    bases = complement(found, values) if confined else None
-    solved = split(solve(subspace, starts, targets, divisor, None, LAST_STEPS, bases))
+    solved = split(solve(subspace, starts, targets, divisor, None, LAST_STEPS, basis if confined else None))
     worthy = _is_near if confined else is_nontrivial
     for one in sorted(filter(worthy, solved), key=cost)[: LAST_CONFINED if confined else LAST_TRIED]:
         if any(is_same(one, other, values) for other in found):

@@ -8,6 +8,7 @@ import numpy as np
 
 from softinv_jax.batches.candidates import (
     complement,
+    complements,
     cost,
     in_pieces,
     is_nontrivial,
@@ -72,9 +73,7 @@ def polish(subspace: BatchSubspace, found: list[Component], divisor: Divisor, *,
     fewer = np.stack([stacked.targets[:, 0], np.full(len(found), -1, np.int32)], axis=1)
     twice = [np.concatenate([leaf, leaf]) for leaf in (stacked.coordinates, 1 / stacked.deviation)]
     values = np.asarray(subspace.singular_values)
-    bases = None
-    if confined:
-        bases = np.array([complement(found[:index] + found[index + 1 :], values) for index in range(len(found))] * 2)
+    bases = np.concatenate([complements(found, values)] * 2) if confined else None
     targets = np.concatenate([stacked.targets, fewer])
     solved = solve(subspace, twice[0], targets, divisor, twice[1], POLISHING, bases)
     every = split(solved)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softinv_jax.batches.candidates import complement, is_plausible, solve, split
+from softinv_jax.batches.candidates import complement, complements, is_plausible, solve, split
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.consistency import unrivalled, without_contradictions
 from softinv_jax.batches.explanation import explains, fit_found
@@ -47,11 +47,6 @@ def components(
     return split(solve(subspace, coordinates, targets, Divisor(SIZE), bases=bases))
 
 
-def confining(subspace: BatchSubspace, found: list[Component]) -> np.ndarray:
-    values = np.asarray(subspace.singular_values)
-    return np.array([complement(found[:index] + found[index + 1 :], values) for index in range(len(found))])
-
-
 def test_what_is_dual_to_some_holds_the_others() -> None:
     """The theorem (Wedderburn): true features of the others lie in the complement of true duals."""
     subspace, coordinates, duals, _ = draw(0)
@@ -74,7 +69,7 @@ def test_the_others_make_an_example_sharper() -> None:
     for seed in range(8):
         subspace, coordinates, _, labels = draw(seed)
         alone = components(subspace, coordinates, TARGETS)
-        together = components(subspace, coordinates, TARGETS, confining(subspace, alone))
+        together = components(subspace, coordinates, TARGETS, complements(alone, np.asarray(subspace.singular_values)))
         for one, other, truth, label in zip(alone, together, coordinates, labels, strict=True):
             assert other.logit_deviation < one.logit_deviation
             assert np.linalg.norm(other.coordinates - truth) <= 1e-3 * np.linalg.norm(truth)
@@ -86,8 +81,8 @@ def test_confined_is_least_squares_in_fewer_unknowns() -> None:
     """As if the subspace had had those columns only; and a basis of everything changes nothing."""
     subspace, coordinates, _, _ = draw(1)
     alone = components(subspace, coordinates, TARGETS)
-    for found in (components(subspace, coordinates, TARGETS, np.eye(SIZE)),):
-        np.testing.assert_allclose([one.coordinates for one in found], [one.coordinates for one in alone], rtol=1e-9)
+    same = components(subspace, coordinates, TARGETS, np.eye(SIZE))
+    np.testing.assert_allclose([one.coordinates for one in same], [one.coordinates for one in alone], rtol=1e-9)
     basis = complement(alone[1:2], np.asarray(subspace.singular_values))
     inside = split(solve(subspace.confined(jnp.asarray(basis)), coordinates[:1] @ basis, TARGETS[:1], Divisor(SIZE)))[0]
     confined = components(subspace, coordinates[:1], TARGETS[:1], basis)[0]
