@@ -20,7 +20,8 @@ __all__ = ["NEARLY_DUAL", "search_assembling"]
 LARGEST_ASSEMBLY = 6  # Examples put together from several solutions each,
 LARGEST_POOL = 60  # out of at most so many solutions,
 NEARLY_DUAL = 1e-3  # which are dual to each other but for their errors;
-ASSEMBLIES_TRIED = 20  # so many sets of them are fitted.
+ASSEMBLIES_TRIED = 20  # so many sets of each size are tried,
+MOST_MISSING = 3  # with so many examples missing.
 
 
 def search_assembling(
@@ -50,17 +51,31 @@ def search_assembling(
 def _assemble(
     subspace: BatchSubspace, pool: list[Component], divisor: Divisor
 ) -> tuple[list[Component], JointFit | None] | None:
-    """A set of solutions that are dual to each other, and explain the gradient; one may be missing."""
+    """A set of solutions that are dual to each other, and explain the gradient; what is missing is searched for."""
     values = np.asarray(subspace.singular_values)
-    rank = values.size
     likely = distinct(pool, values, LARGEST_POOL)
-    if len(likely) < max(rank - 1, 1):
-        return None
     overlap = np.abs(overlaps(likely, values) / divisor.value)
     dual = np.maximum(overlap, overlap.T) < NEARLY_DUAL
-    for size in range(rank, max(rank - 2, 0), -1):
+    for size in range(values.size, max(values.size - 1 - MOST_MISSING, 0), -1):
         for chosen in itertools.islice(cliques(dual, size), ASSEMBLIES_TRIED):
-            whole = completed(subspace, [likely[index] for index in chosen], divisor, confined=False)
+            whole = _grown(subspace, [likely[index] for index in chosen], divisor)
             if whole is not None:
                 return whole
+    return None
+
+
+def _grown(
+    subspace: BatchSubspace, found: list[Component], divisor: Divisor
+) -> tuple[list[Component], JointFit | None] | None:
+    """Depth first: if those found are right, each leaves one unknown less to the others, and few wrong solutions."""
+    if len(found) >= subspace.singular_values.size - 1:
+        return completed(subspace, found, divisor, confined=False)
+    tried: list[Component] = []
+    for round_ in ROUNDS:
+        for solved in solutions(subspace, found, divisor, round_, confined=True):
+            for one in accepted(subspace, solved, found, tried):
+                tried.append(one)
+                whole = _grown(subspace, [*found, one], divisor)
+                if whole is not None:
+                    return whole
     return None

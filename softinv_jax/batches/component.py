@@ -15,13 +15,14 @@ every example tells it by itself.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from softinv_jax.batches.elimination import Eliminator, eliminate_linear, singled_out
-from softinv_jax.batches.least_squares import NormalEquations, minimise
+from softinv_jax.batches.least_squares import minimise
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.linear_algebra import inverse_and_log_determinant, orthonormal_columns
@@ -94,41 +95,20 @@ class Component:
     constant_error: jax.Array
 
 
-class _Equations(NamedTuple):
-    """Residuals (C + 2,) at some a and their Jacobian (C + 2, B); softmax (C,) and its Jacobian (C, B)."""
-
-    residual: jax.Array
-    jacobian: jax.Array
-    prediction: jax.Array
-    slope: jax.Array
-
-
-def _equations(
+def _residual(
     subspace: BatchSubspace,
     eliminator: Eliminator,
     coordinates: jax.Array,
     divisor: Divisor,
     duality_weight: float | jax.Array,
-) -> _Equations:
-    directions, coupling = subspace.directions, subspace.coupling
-    rank = coordinates.size
-    prediction = jax.nn.softmax(directions @ coordinates)
-    slope = prediction[:, None] * (directions - (prediction @ directions)[None, :])
-    stacked = jnp.concatenate([prediction[:, None], slope], axis=1)
-    residual = eliminator.residual(stacked)
-    dual = eliminator.solution(stacked)[:rank]
-    scaled = coordinates @ coupling / divisor.value
-    duality = scaled @ dual[:, 0] - 1
-    duality_slope = coupling @ dual[:, 0] / divisor.value + scaled @ dual[:, 1:]
+) -> jax.Array:
+    """(C + 2,) of every class, weighted, of duality, and of the constant feature of a head with a bias."""
+    prediction = jax.nn.softmax(subspace.directions @ coordinates)
+    dual = eliminator.solution(prediction[:, None])[: coordinates.size, 0]
+    duality = coordinates @ subspace.coupling @ dual / divisor.value - 1
     constant = subspace.constant @ coordinates - jnp.any(subspace.constant != 0)
-    extra = jnp.stack([duality_weight * duality, constant])
-    extra_slope = jnp.stack([duality_weight * duality_slope, subspace.constant])
-    return _Equations(
-        residual=jnp.concatenate([residual[:, 0], extra]),
-        jacobian=jnp.concatenate([residual[:, 1:], extra_slope]),
-        prediction=prediction,
-        slope=slope,
-    )
+    residual = eliminator.residual(prediction[:, None])[:, 0]
+    return jnp.concatenate([residual, jnp.stack([duality_weight * duality, constant])])
 
 
 def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
@@ -151,12 +131,10 @@ def _search(
     number_of_classes = subspace.left.shape[0]
     units = jnp.concatenate([jnp.full((number_of_classes,), 1 / jnp.maximum(spread, 1e-300)), jnp.ones((2,))])
 
-    def normal_equations(coordinates: jax.Array) -> NormalEquations:
-        equations = _equations(subspace, eliminator, coordinates, divisor, DUALITY_WEIGHT)
-        residual, slope = equations.residual * units, equations.jacobian * units[:, None]
-        return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
+    def residuals(coordinates: jax.Array) -> jax.Array:
+        return _residual(subspace, eliminator, coordinates, divisor, DUALITY_WEIGHT) * units
 
-    return minimise(normal_equations, start, iterations, 1e-2, _solve)[0]
+    return minimise(residuals, None, start, iterations, 1e-2, _solve, thorough=False)[0]
 
 
 def _settle(
@@ -175,12 +153,10 @@ def _settle(
     deviation = jnp.hypot(_divisor_deviation(subspace, eliminator, start, dual), divisor.deviation)
     constant = jnp.concatenate([jnp.ones((weights.size + 1,)), 1 / CONSTANT_DEVIATION * jnp.ones((1,))])
 
-    def normal_equations(coordinates: jax.Array) -> NormalEquations:
-        equations = _equations(subspace, eliminator, coordinates, divisor, 1 / deviation)
-        residual, slope = equations.residual * constant, equations.jacobian * constant[:, None]
-        return NormalEquations(slope.T @ slope, slope.T @ residual, jnp.sum(residual**2))
+    def residuals(coordinates: jax.Array) -> jax.Array:
+        return _residual(subspace, eliminator, coordinates, divisor, 1 / deviation) * constant
 
-    return minimise(normal_equations, start, iterations, 1e-4, _solve)[0]
+    return minimise(residuals, None, start, iterations, 1e-4, _solve, thorough=False)[0]
 
 
 def _divisor_deviation(
@@ -244,11 +220,13 @@ def _describe(
     deviation = 1 / weights
     # Everything from here on in units of those deviations.
     eliminator = eliminate_linear(subspace, targets, weights)
-    equations = _equations(subspace, eliminator, coordinates, divisor, 1.0)
-    solution = eliminator.solution(jnp.concatenate([prediction[:, None], equations.slope], axis=1))
+    standardised = partial(_residual, subspace, eliminator, divisor=divisor, duality_weight=1.0)
+    residuals, jacobian = standardised(coordinates), jax.jacfwd(standardised)(coordinates)
+    slope = prediction[:, None] * (subspace.directions - (prediction @ subspace.directions)[None, :])
+    solution = eliminator.solution(jnp.concatenate([prediction[:, None], slope], axis=1))
     dual, level = solution[:rank, 0], solution[rank, 0]
     label = prediction - subspace.left @ dual
-    residual = equations.residual[:number_of_classes]
+    residual = residuals[:number_of_classes]
     # Of a, beta and c, duality takes one, if D is known.
     unknowns = rank + jnp.sum(jnp.any(subspace.directions != 0, axis=0)) + 1 - jnp.isfinite(divisor.deviation)
     freedom = jnp.maximum(number_of_classes - jnp.sum(used) - unknowns, 1)
@@ -260,16 +238,16 @@ def _describe(
     # Errors of beta and c at given a, then those of a, which duality pins in one direction.
     design = jnp.concatenate([subspace.left, jnp.ones((number_of_classes, 1))], axis=1)
     leverage = jnp.sum((design @ eliminator.inverse) ** 2, axis=1)
-    extra = equations.jacobian[number_of_classes:]
+    extra = jacobian[number_of_classes:]
     scales = jnp.stack([duality_deviation, jnp.asarray(CONSTANT_DEVIATION)])
-    slopes = jnp.concatenate([equations.jacobian[:number_of_classes], extra / scales[:, None]])
+    slopes = jnp.concatenate([jacobian[:number_of_classes], extra / scales[:, None]])
     columns, inverse = orthonormal_columns(slopes)
-    errors = jnp.concatenate([residual, equations.residual[number_of_classes:] / scales])
+    errors = jnp.concatenate([residual, residuals[number_of_classes:] / scales])
     decrement = jnp.sum((columns.T @ errors) ** 2)
     # Where duality does not pin a, its errors move D as well.
     moved = jnp.sqrt(jnp.sum((extra[0] @ inverse) ** 2)) / jnp.maximum(jnp.abs(1 + duality), 1e-300)
     divisor_deviation = jnp.hypot(divisor_deviation, jnp.where(jnp.isinf(divisor.deviation), moved, 0.0))
-    label_slope = equations.slope - subspace.left @ solution[:rank, 1:]
+    label_slope = slope - subspace.left @ solution[:rank, 1:]
     spread = jnp.sqrt(deviation**2 + leverage + jnp.sum((label_slope @ inverse) ** 2, axis=1))
     level_deviation = jnp.sqrt(jnp.sum(eliminator.inverse[rank] ** 2) + jnp.sum((solution[rank, 1:] @ inverse) ** 2))
     logit_slope = subspace.directions - (prediction @ subspace.directions)[None, :]
@@ -292,7 +270,7 @@ def _describe(
         divisor_deviation=divisor_deviation,
         duality=duality,
         duality_deviation=duality_deviation,
-        constant_error=equations.residual[-1],
+        constant_error=residuals[-1],
     )
 
 

@@ -15,7 +15,6 @@ __all__ = ["explains", "fit_found"]
 # Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
 LARGEST_EXPECTED = 1.4
 SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
-LARGEST_GAIN = 0.05  # Of the sum of squares, by one more step: beyond, deviations are those of another place.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
 
@@ -40,5 +39,4 @@ def explains(joint: JointFit) -> bool:
     """
     expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
-    converged = float(joint.decrement) <= max(LARGEST_GAIN * float(joint.misfit**2 * joint.freedom), 1.0)
-    return bool(converged and smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))
+    return bool(joint.decrement <= 1 and smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from softinv_jax.batches.component import Divisor, prediction_error
 from softinv_jax.batches.elimination import TARGETS
-from softinv_jax.batches.least_squares import NormalEquations, minimise
+from softinv_jax.batches.least_squares import minimise
 from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["JointFit", "fit_jointly"]
@@ -51,12 +51,6 @@ class _Point(NamedTuple):
     coordinates: jax.Array
     weights: jax.Array
     divisor: jax.Array
-
-
-def _transposed(moving: jax.Array, gradient: jax.Array, projected: jax.Array, values: jax.Array) -> jax.Array:
-    """(n, r + T) J^T of (C, r) values."""
-    product = jnp.einsum("bkj,bj->bk", moving, projected @ values.T)
-    return product.at[:, : values.shape[1]].add(gradient @ values)
 
 
 def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
@@ -107,7 +101,7 @@ def fit_jointly(
     def unflatten(flat: jax.Array) -> _Point:
         coordinates, weights = jnp.split(flat[:-1], [count * rank])
         # The last unknown is the logarithm of D, relative to what was given.
-        value = divisor.value * jnp.exp(flat[-1])
+        value = divisor.value * jnp.exp(jnp.where(is_free, flat[-1], 0.0))
         return _Point(coordinates.reshape(count, rank), weights.reshape(count, TARGETS), value)
 
     def whitening(deviation: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -122,7 +116,17 @@ def fit_jointly(
         scaled = values / own.reshape((1,) * (values.ndim - 1) + (-1,))
         return scaled - (scaled @ (directions * shrinkage[None, :])) @ directions.T
 
-    def normal_equations(flat: jax.Array, noises: tuple) -> NormalEquations:
+    def residuals(flat: jax.Array, noises: tuple) -> tuple[jax.Array, ...]:
+        """(C, r) of G V along the features' main direction and across, and (n,) of their constants."""
+        coordinates, weights, value = unflatten(flat)
+        gradient = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1) - labels(weights)
+        along_and_across = (
+            (whitened(gradient, noise).T @ coordinates / value - whitened(observed.T, noise).T) @ projector
+            for projector, noise in zip((along, across), noises, strict=True)
+        )
+        return *along_and_across, jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
+
+    def normal(flat: jax.Array, noises: tuple) -> jax.Array:
         """J^T J from blocks: with g_b and its slope S_b, row j of G V moves by (g_bj e_s + S_bjs a_b) / D for a_bs."""
         coordinates, weights, value = unflatten(flat)
         prediction = jax.nn.softmax(coordinates @ subspace.directions.T, axis=1)
@@ -131,43 +135,31 @@ def fit_jointly(
         weight_slope = -jnp.where(used[..., None], singled, 0.0)
         # Everything that moves g_b, its coordinates and its weights, moves row j by a multiple of a_b.
         moves = jnp.concatenate([slope.transpose(0, 2, 1), weight_slope], axis=1) / value  # (n, r + T, C)
-        constant = jnp.where(has_constant, coordinates @ subspace.constant - 1, 0.0) / subspace.roundoff
         pull = subspace.constant / subspace.roundoff
-        normal = jnp.zeros((count, rank + TARGETS) * 2)
+        blocks = jnp.zeros((count, rank + TARGETS) * 2)
         each = jnp.arange(count)
-        normal = normal.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
-        toward = jnp.zeros((count, rank + TARGETS)).at[:, :rank].add(constant[:, None] * pull[None, :])
-        loss = jnp.sum(constant**2)
-        scaling = jnp.zeros((count, rank + TARGETS))  # Of J^T J, what belongs to the logarithm of D,
-        square, product = jnp.zeros(()), jnp.zeros(())  # its diagonal, and what belongs to it in J^T residual.
+        blocks = blocks.at[each, :rank, each, :rank].add((pull[:, None] * pull[None, :])[None])
         for projector, noise in zip((along, across), noises, strict=True):
             projected = coordinates @ projector
             gradient = whitened(prediction - labels(weights), noise) / value
-            model = gradient.T @ projected
-            residual = model - whitened(observed.T, noise).T @ projector
-            moving = whitened(moves, noise)
-            stacked = moving.reshape(count * (rank + TARGETS), number_of_classes)
+            stacked = whitened(moves, noise).reshape(count * (rank + TARGETS), number_of_classes)
             products = (stacked @ stacked.T).reshape(count, rank + TARGETS, count, rank + TARGETS)
-            normal = normal + products * (projected @ projected.T)[:, None, :, None]
+            blocks = blocks + products * (projected @ projected.T)[:, None, :, None]
             cross = (stacked @ gradient.T).reshape(count, rank + TARGETS, count)
             mixed = jnp.einsum("bkc,bs->bkcs", cross, projected)
-            normal = normal.at[:, :, :, :rank].add(mixed)
-            normal = normal.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
-            normal = normal.at[:, :rank, :, :rank].add(jnp.einsum("bj,cj,rs->brcs", gradient, gradient, projector))
-            toward = toward + _transposed(moving, gradient, projected, residual)
-            loss = loss + jnp.sum(residual**2)
-            scaling = scaling - _transposed(moving, gradient, projected, model)
-            square, product = square + jnp.sum(model**2), product - jnp.sum(model * residual)
+            blocks = blocks.at[:, :, :, :rank].add(mixed)
+            blocks = blocks.at[:, :rank, :, :].add(mixed.transpose(2, 3, 0, 1))
+            blocks = blocks.at[:, :rank, :, :rank].add(jnp.einsum("bj,cj,rs->brcs", gradient, gradient, projector))
 
         def ordered(values: jax.Array) -> jax.Array:
             """(n, r + T, ...) to all coordinates, then all weights."""
             parts = values[:, :rank], values[:, rank:]
             return jnp.concatenate([part.reshape(-1, *values.shape[2:]) for part in parts])
 
-        normal = ordered(ordered(normal).transpose(1, 2, 0)).T
-        last = jnp.where(is_free, ordered(scaling), 0.0)
-        normal = jnp.block([[normal, last[:, None]], [last[None, :], jnp.where(is_free, square, 0.0)[None, None]]])
-        return NormalEquations(normal, jnp.append(ordered(toward), jnp.where(is_free, product, 0.0)), loss)
+        of_factor = jax.linearize(partial(residuals, noises=noises), flat)[1]
+        last = jax.vjp(partial(residuals, noises=noises), flat)[1](of_factor(jnp.zeros_like(flat).at[-1].set(1.0)))[0]
+        matrix = ordered(ordered(blocks).transpose(1, 2, 0)).T
+        return jnp.block([[matrix, last[:-1, None]], [last[None, :]]])
 
     def fit(state: tuple) -> tuple:
         """To the noise and, but for the last time, to what the residuals of each row are now."""
@@ -183,7 +175,9 @@ def fit_jointly(
             whitening(jnp.hypot(row_deviation(start, along, 1), misfit)),
             whitening(jnp.hypot(row_deviation(start, across, rank - 1), misfit)),
         )
-        flat, equations = minimise(partial(normal_equations, noises=noises), flat, STEPS, 1e-6, _solve)
+        flat, equations = minimise(
+            partial(residuals, noises=noises), partial(normal, noises=noises), flat, STEPS, 1e-6, _solve, thorough=True
+        )
         return number + 1, flat, equations, level, last
 
     flat = jnp.concatenate([coordinates.ravel(), jnp.where(used, weights, 0.0).ravel(), jnp.zeros((1,))])
@@ -191,10 +185,10 @@ def fit_jointly(
     equations = jax.tree.map(jnp.zeros_like, jax.eval_shape(fit, (0, flat, None, 0.0, False))[2])
     state = (jnp.int32(0), flat, equations, jnp.asarray(jnp.inf), jnp.asarray(False))
     _, flat, equations, _, _ = jax.lax.while_loop(lambda state: ~state[-1], fit, state)
-    normal = equations.normal
-    scale = jnp.sqrt(jnp.where(jnp.diag(normal) > 0, jnp.diag(normal), 1.0))
-    scaled = normal / scale[:, None] / scale[None, :]
-    scaled = scaled + jnp.diag(jnp.where(jnp.diag(normal) > 0, 0.0, 1.0))  # An unused weight stays by itself.
+    matrix = equations.normal
+    scale = jnp.sqrt(jnp.where(jnp.diag(matrix) > 0, jnp.diag(matrix), 1.0))
+    scaled = matrix / scale[:, None] / scale[None, :]
+    scaled = scaled + jnp.diag(jnp.where(jnp.diag(matrix) > 0, 0.0, 1.0))  # An unused weight stays by itself.
     covariance = jnp.linalg.inv(scaled) / scale[:, None] / scale[None, :]
     variance = jnp.maximum(jnp.diag(covariance), 0.0)
     coordinates, weights, value = unflatten(flat)
