@@ -26,6 +26,7 @@ from softinv_jax.client import (
 FORMATS = ("hard", "smoothing", "mixup", "smoothed_mixup")
 TRAINING_EXAMPLES = 20_000
 TEST_EXAMPLES = 2_000
+EPOCHS = 5
 
 
 def load_data(
@@ -71,6 +72,7 @@ def networks(arguments: argparse.Namespace, training: Any) -> Iterator[tuple[str
                 training.classes,
                 number_of_classes=training.number_of_classes,
                 family=family,
+                epochs=getattr(arguments, "training_epochs", EPOCHS),
             )
             yield f"trained with {family}", training.number_of_classes, network, result.parameters
 

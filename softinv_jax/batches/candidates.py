@@ -30,6 +30,7 @@ __all__ = [
     "is_nontrivial",
     "is_plausible",
     "is_same",
+    "largest_misfit",
     "overlaps",
     "solve",
     "split",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 PIECE = 64  # Starts solved at a time.
+# Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
+LARGEST_EXPECTED = 1.4
 
 
 def solve(
@@ -77,14 +80,24 @@ def split(stacked: Component) -> list[Component]:
     return [jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(len(stacked.misfit))]
 
 
+def largest_misfit(freedom: float) -> float:
+    """Root mean square residual, in standard deviations, that noise may cause.
+
+    A single one may miss by TOLERANCE deviations, few may be no more than that one, and many have at most half of it as
+    their root mean square: with many degrees of freedom six of its own deviations above what expecting too little noise
+    explains.
+    """
+    few = max(TOLERANCE / 2, TOLERANCE / math.sqrt(freedom))
+    return min(few, LARGEST_EXPECTED * (1 + TOLERANCE / math.sqrt(2 * freedom)))
+
+
 def is_plausible(one: Component) -> bool:
     """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
     # The label's common level has errors of its own, which entries have in common.
     reach = 2 * TOLERANCE * np.hypot(one.label_deviation, one.level_deviation)
-    # A single entry may miss by TOLERANCE deviations, and few may be no more than that one.
     return bool(
         np.isfinite(one.misfit)
-        and one.misfit <= max(TOLERANCE / 2, TOLERANCE / math.sqrt(one.freedom))
+        and one.misfit <= largest_misfit(float(one.freedom))
         and one.decrement <= 1
         and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
         and abs(one.constant_error) <= 1e-6

@@ -4,16 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.batches.candidates import largest_misfit
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import JointFit, fit_jointly
 from softinv_jax.batches.subspace import BatchSubspace
-from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["explains", "fit_found"]
 
-# Misfit of the truth by the noise expected of a client's float32: 0.5 to 1.4, by the order in which it sums.
-LARGEST_EXPECTED = 1.4
 SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
 LARGEST_JOINT = 6144
@@ -33,10 +31,7 @@ def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor)
 def explains(joint: JointFit) -> bool:
     """Converged, with residuals no larger than noise may make them.
 
-    As root mean square at most half of what a single one may be. With many degrees of freedom far less: six of its own
-    standard deviations above what expecting too little noise explains. And not next to nothing: then it is the noise
-    that is too large, of an example that ran off to infinity.
+    And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
     """
-    expected = LARGEST_EXPECTED * (1 + TOLERANCE / np.sqrt(2 * joint.freedom))
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
-    return bool(joint.decrement <= 1 and smallest <= joint.misfit <= min(TOLERANCE / 2, float(expected)))
+    return bool(joint.decrement <= 1 and smallest <= joint.misfit <= largest_misfit(float(joint.freedom)))
