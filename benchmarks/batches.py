@@ -12,8 +12,8 @@ factor e^(3 N(0, 1)) on each gradient of the untrained network, negative on ever
 Ctrl-C, it writes the rows that are done; `--add` puts them among those of an earlier run, and the table says which
 commit each row is from. The plot is the fraction found against the batch size, with both counting bounds of
 docs/batches.md drawn in. There is one network of each kind: `--seeds` has no effect. Images are drawn without
-repetition, gradients are float32. A data set with 100 classes takes more epochs (40) for the networks to learn anything:
-their accuracy is in the JSON file.
+repetition, gradients are float32. With 100 classes networks take more epochs to learn anything (40); their accuracy is
+in the JSON file.
 
 An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
 within six of its own deviations, and a reported label that fits no example as spurious. `bound` counts the examples
@@ -179,13 +179,12 @@ def fill(
     for name, number_of_classes, network, parameters in networks:
         own = [(case, False) for case in (untrained if name == "untrained" else trained)]
         own += [(case, True) for case in unscaled if name == "untrained"]
-        if name != "untrained":
-            weight, features = head_and_features(network, parameters, images)
-            run.notes[f"accuracy, {name}"] = float(np.mean(np.argmax(features @ weight.T, axis=1) == classes))
+        weight, features = head_and_features(network, parameters, images)
+        accuracy = float(np.mean(np.argmax(features @ weight.T, axis=1) == classes))
         for (_, size), unknown in [each for each in own if each[0][0] == number_of_classes]:
             for family in run.arguments.formats:
                 where = (run, name, number_of_classes, network, parameters, images, classes, size, family)
-                run.add(**measure(*where, unknown_scale=unknown))
+                run.add(**measure(*where, unknown_scale=unknown), accuracy=accuracy)
 
 
 def chosen(given: list[str] | None, usual: tuple[str, ...]) -> list[tuple[int, ...]]:
