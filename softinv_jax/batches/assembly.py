@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from softinv_jax.batches.candidates import accepted, cliques, distinct, is_plausible, overlaps, split
+from softinv_jax.batches.candidates import accepted, cliques, distinct, is_plausible, overlaps, split, take_worst
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.last_example import completed
@@ -43,8 +43,8 @@ def search_assembling(
         if whole is not None:
             return whole
         if len(found) == rank:
-            # One of them explains its own equation, but not the gradient with the others: the one that fits worst.
-            rejected.append(found.pop(max(range(rank), key=lambda index: found[index].misfit)))
+            # One of them explains its own equation, but not the gradient with the others.
+            rejected.append(take_worst(found))
     return (_assemble(subspace, pool, divisor) if rank <= LARGEST_ASSEMBLY else None) or (found, None)
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "overlaps",
     "solve",
     "split",
+    "take_worst",
     "without",
 ]
 
@@ -109,6 +110,11 @@ def is_plausible(one: Component) -> bool:
 def is_nontrivial(one: Component) -> bool:
     """Not on its way to a = 0 or to infinity, where the residual vanishes for any gradient and duality fails."""
     return bool(np.isfinite(one.misfit) and abs(one.duality) <= 0.5)
+
+
+def take_worst(found: list[Component]) -> Component:
+    """The one that fits its own equation worst; no longer among those found."""
+    return found.pop(max(range(len(found)), key=lambda index: found[index].misfit))
 
 
 def cost(one: Component) -> float:

@@ -189,22 +189,25 @@ def solve_components(
       weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
       divisor: D.
       iterations: at most; with 0 the starts themselves are described.
-      bases: (n, B, B) orthonormal columns, or zeros in the last places: each a is confined to what they span.
+      bases: (n, B, B), or (B, B) for all, orthonormal columns, or zeros in the last places: each a is confined to what
+        they span; all of it as it is.
 
     Returns:
       A `Component` with a leading axis n.
     """
 
-    def one(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> Component:
+    rank = starts.shape[1]
+    bases = jnp.broadcast_to(jnp.eye(rank) if bases is None else bases, (len(starts), rank, rank))
+
+    def one(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Component:
         start, chosen, own, basis = inputs
-        confined = subspace if basis is None else subspace.confined(basis)
-        start = start if basis is None else start @ basis
+        confined = subspace.confined(basis)
         eliminator = eliminate_linear(confined, chosen, own)
-        found = _search(confined, start, eliminator, divisor, iterations)
+        found = _search(confined, start @ basis, eliminator, divisor, iterations)
         settling = jnp.minimum(iterations, SETTLING)
         found = _settle(confined, found, chosen, _weights(confined, found, eliminator), divisor, settling)
         solution = _describe(confined, found, chosen, _weights(confined, found, eliminator), divisor)
-        return solution if basis is None else replace(solution, coordinates=basis @ found)
+        return replace(solution, coordinates=basis @ found)
 
     return jax.lax.map(one, (starts, targets, weights, bases), batch_size=8)
 

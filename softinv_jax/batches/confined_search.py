@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from softinv_jax.batches.candidates import accepted, complement, complements, cost, is_same
+from softinv_jax.batches.candidates import accepted, complement, complements, cost, is_same, take_worst
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.consistency import unrivalled, without_contradictions
 from softinv_jax.batches.joint import JointFit
@@ -53,8 +53,8 @@ def search_confined(
             break
         found, wrong = without_contradictions(subspace, found, divisor)
         if len(found) == values.size:
-            # Each explains its own equation, dual to the others, but not all together: the one that fits worst.
-            rejected.append(found.pop(max(range(len(found)), key=lambda index: found[index].misfit)))
+            # Each explains its own equation, dual to the others, but not all together.
+            rejected.append(take_worst(found))
         elif not (wrong or rounds):
             # Right or wrong: the more there are, the sooner it shows.
             added = _different(doubtful, found, values)
