@@ -156,8 +156,8 @@ def fit_jointly(
             parts = values[:, :rank], values[:, rank:]
             return jnp.concatenate([part.reshape(-1, *values.shape[2:]) for part in parts])
 
-        of_factor = jax.linearize(partial(residuals, noises=noises), flat)[1]
-        last = jax.vjp(partial(residuals, noises=noises), flat)[1](of_factor(jnp.zeros_like(flat).at[-1].set(1.0)))[0]
+        function, unit = partial(residuals, noises=noises), jnp.zeros_like(flat).at[-1].set(1.0)
+        last = jax.vjp(function, flat)[1](jax.jvp(function, (flat,), (unit,))[1])[0]
         matrix = ordered(ordered(blocks).transpose(1, 2, 0)).T
         return jnp.block([[matrix, last[:-1, None]], [last[None, :]]])
 
