@@ -51,15 +51,17 @@ def solve(
     weights: np.ndarray | None = None,
     iterations: int = ITERATIONS,
     bases: np.ndarray | None = None,
+    *,
+    thorough: bool = False,
 ) -> Component:
-    """All starts; NumPy. bases: (B, B) for all of them, or (n, B, B)."""
+    """All starts; NumPy. bases: (B, B) for all of them, or (n, B, B). thorough: as for `minimise`."""
     chosen = targets.astype(np.int32)
     bases = np.broadcast_to(np.eye(starts.shape[1]) if bases is None else bases, (len(starts), *[starts.shape[1]] * 2))
     if weights is None:
         weights = in_pieces(partial(starting_weights, subspace), starts, chosen)
 
     def solve_piece(*piece: jax.Array) -> Component:
-        return solve_components(subspace, *piece[:3], divisor, iterations, piece[3])
+        return solve_components(subspace, *piece[:3], divisor, iterations, piece[3], thorough=thorough)
 
     return in_pieces(solve_piece, starts, chosen, weights, bases)
 

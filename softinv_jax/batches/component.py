@@ -121,6 +121,7 @@ def _search(
     eliminator: Eliminator,
     divisor: Divisor,
     iterations: int | jax.Array,
+    thorough: bool,
 ) -> jax.Array:
     """Coordinates (B,) near a solution, if there is one near the start."""
     weights = eliminator.weights
@@ -134,7 +135,7 @@ def _search(
     def residuals(coordinates: jax.Array) -> jax.Array:
         return _residual(subspace, eliminator, coordinates, divisor, DUALITY_WEIGHT) * units
 
-    return minimise(residuals, None, start, iterations, 1e-2, _solve, thorough=False)[0]
+    return minimise(residuals, None, start, iterations, 1e-2, _solve, thorough=thorough)[0]
 
 
 def _settle(
@@ -144,6 +145,7 @@ def _settle(
     weights: jax.Array,
     divisor: Divisor,
     iterations: jax.Array,
+    thorough: bool,
 ) -> jax.Array:
     """Coordinates (B,) of the likeliest solution near one: every equation in its own standard deviations."""
     eliminator = eliminate_linear(subspace, targets, weights)
@@ -156,7 +158,7 @@ def _settle(
     def residuals(coordinates: jax.Array) -> jax.Array:
         return _residual(subspace, eliminator, coordinates, divisor, 1 / deviation) * constant
 
-    return minimise(residuals, None, start, iterations, 1e-4, _solve, thorough=False)[0]
+    return minimise(residuals, None, start, iterations, 1e-4, _solve, thorough=thorough)[0]
 
 
 def _divisor_deviation(
@@ -171,7 +173,7 @@ def _divisor_deviation(
     return jnp.maximum(jnp.hypot(noise, own) / jnp.maximum(jnp.abs(scaled @ dual), 1e-300), 1e-15)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="thorough")
 def solve_components(
     subspace: BatchSubspace,
     starts: jax.Array,
@@ -180,6 +182,8 @@ def solve_components(
     divisor: Divisor,
     iterations: int | jax.Array = ITERATIONS,
     bases: jax.Array | None = None,
+    *,
+    thorough: bool = False,
 ) -> Component:
     """Solve from every start.
 
@@ -191,6 +195,7 @@ def solve_components(
       iterations: at most; with 0 the starts themselves are described.
       bases: (n, B, B), or (B, B) for all, orthonormal columns, or zeros in the last places: each a is confined to what
         they span; all of it as it is.
+      thorough: as for `minimise`.
 
     Returns:
       A `Component` with a leading axis n.
@@ -203,9 +208,9 @@ def solve_components(
         start, chosen, own, basis = inputs
         confined = subspace.confined(basis)
         eliminator = eliminate_linear(confined, chosen, own)
-        found = _search(confined, start @ basis, eliminator, divisor, iterations)
+        found = _search(confined, start @ basis, eliminator, divisor, iterations, thorough)
         settling = jnp.minimum(iterations, SETTLING)
-        found = _settle(confined, found, chosen, _weights(confined, found, eliminator), divisor, settling)
+        found = _settle(confined, found, chosen, _weights(confined, found, eliminator), divisor, settling, thorough)
         solution = _describe(confined, found, chosen, _weights(confined, found, eliminator), divisor)
         return replace(solution, coordinates=basis @ found)
 

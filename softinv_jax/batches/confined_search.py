@@ -18,6 +18,7 @@ from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["search_confined"]
 
+WELL_DETERMINED = 3  # So many equations for each unknown.
 REVISIONS = 8  # How often those found are gone over for wrong ones.
 
 
@@ -31,8 +32,10 @@ def search_confined(
     rejected: list[Component] = []
     rounds: list[tuple[float, bool] | None] = [*RAY_ROUNDS, *ROUNDS]
     most = revisions = 0
+    thorough_from = -1 if len(subspace.left) - 1 - values.size < WELL_DETERMINED * values.size else values.size
+    thorough = False
     while True:
-        for solved in solutions(subspace, found, divisor, rounds.pop(0), confined=True):
+        for solved in solutions(subspace, found, divisor, rounds.pop(0), confined=True, thorough=thorough):
             new = accepted(subspace, solved, found, rejected)
             bases = np.array([complement(found, values)] * len(new))
             new, rivalled = unrivalled(subspace, new, bases, divisor)
@@ -44,6 +47,11 @@ def search_confined(
         if len(found) > most:
             most, rounds = len(found), [round_ for round_ in rounds if round_ is None] + list(ROUNDS)
         if rounds and len(found) < values.size - 1:
+            continue
+        if thorough_from < len(found) < values.size - 1:
+            # Straight steps crawl where equations hardly tell all unknowns; and those found since leave fewer.
+            thorough, thorough_from, rounds = True, len(found), [*RAY_ROUNDS, *ROUNDS]
+            found, _ = without_contradictions(subspace, found, divisor)
             continue
         whole = completed(subspace, found, divisor, confined=True)
         if whole is not None:

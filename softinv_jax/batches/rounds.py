@@ -39,6 +39,7 @@ def solutions(
     round_: tuple[float, bool] | None,
     *,
     confined: bool,
+    thorough: bool = False,
 ) -> Iterator[Component]:
     """Those from all starts; then from the most promising of the rest, by further steps, with other classes too.
 
@@ -47,7 +48,7 @@ def solutions(
     Args:
       subspace: of the batch. divisor: D. round_: one of ROUNDS or RAY_ROUNDS.
       found: examples; may grow in between.
-      confined: to what is dual to those found.
+      confined: to what is dual to those found. thorough: as for `minimise`.
     """
     values = np.asarray(subspace.singular_values)
     remainder = without(np.asarray(subspace.left) * values, found, values)
@@ -57,12 +58,14 @@ def solutions(
     else:
         stretch, separately = round_
         starts, targets = propose(remainder, missing, divisor.value, stretch, separately=separately)
-    solved = solve(subspace, starts, targets, divisor, bases=complement(found, values) if confined else None)
+    solved = solve(
+        subspace, starts, targets, divisor, bases=complement(found, values) if confined else None, thorough=thorough
+    )
     yield solved
     starts, targets, weights = _continued(subspace, solved, found)
     if len(found) < values.size and len(starts):
         bases = complement(found, values) if confined else None
-        yield solve(subspace, starts, targets, divisor, weights, LONG, bases)
+        yield solve(subspace, starts, targets, divisor, weights, LONG, bases, thorough=thorough)
 
 
 def polish(subspace: BatchSubspace, found: list[Component], divisor: Divisor, *, confined: bool) -> list[Component]:
