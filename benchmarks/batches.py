@@ -10,8 +10,8 @@ with smoothing and mixup (`--trained-cases`; C of the data set). As it is, batch
 three of each; `--full`: ten of each, up to 64, and 1000 classes too (hours). Cases of `--unknown-scale-cases` have a
 factor e^(3 N(0, 1)) on each gradient of the untrained network, negative on every fifth, which is not told. Stopped by
 Ctrl-C, it writes the rows that are done; `--add` puts them among those of an earlier run, and the table says which
-commit each row is from. The plot is the fraction found against the batch size, with both counting bounds of
-docs/batches.md drawn in. There is one network of each kind: `--seeds` has no effect. Images are drawn without
+commit each row is from. The plot is the fraction found, imprecise ones too, against the batch size, with both counting
+bounds of docs/batches.md drawn in. There is one network of each kind: `--seeds` has no effect. Images are drawn without
 repetition, gradients are float32. With 100 classes networks take more epochs to learn anything (40); their accuracy is
 in the JSON file.
 
@@ -244,18 +244,24 @@ def measure(
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Found fraction against batch size, with the two counting bounds (t = 1 weight)."""
     keys = sorted({(row["network"], row["classes"]) for row in rows})
-    figure = new_figure(4.6 * len(keys), 4)
-    for axes, (name, classes) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+    columns = min(len(keys), 3)
+    lines = -(-len(keys) // columns)
+    figure = new_figure(4.6 * columns, 3.2 * lines + 0.8)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (name, classes) in zip(panels, keys, strict=False):
         for family in FORMATS:
             own = [row for row in rows if (row["network"], row["classes"], row["format"]) == (name, classes, family)]
             own.sort(key=lambda row: row["batch_size"])
-            axes.plot(
-                [row["batch_size"] for row in own], [row["found"] / row["total"] for row in own], "o-", label=family
-            )
+            found = [(row["found"] + row["imprecise"]) / row["total"] for row in own]
+            axes.plot([row["batch_size"] for row in own], found, "o-", label=family.replace("_", " "))
         for bound, style, text in (((classes - 2) / 2, "--", "one example alone"), (classes - 2, ":", "all together")):
             axes.axvline(bound, color="grey", linestyle=style, label=f"as many equations as unknowns, {text}")
-        axes.set(title=f"{name}, C = {classes}", xlabel="batch size", ylabel="fraction found", ylim=(-0.03, 1.03))
-        axes.legend(fontsize=7)
+        axes.set(title=f"{name}, C = {classes}", xlabel="batch size", ylabel="found", ylim=(-0.03, 1.03))
+        if classes >= 1000:
+            axes.set_xscale("log", base=2)
+    for axes in panels[len(keys) :]:
+        axes.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
