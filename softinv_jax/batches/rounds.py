@@ -58,9 +58,8 @@ def solutions(
     else:
         stretch, separately = round_
         starts, targets = propose(remainder, missing, divisor.value, stretch, separately=separately)
-    solved = solve(
-        subspace, starts, targets, divisor, bases=complement(found, values) if confined else None, thorough=thorough
-    )
+    bases = complement(found, values) if confined else None
+    solved = solve(subspace, starts, targets, divisor, bases=bases, thorough=thorough)
     yield solved
     starts, targets, weights = _continued(subspace, solved, found)
     if len(found) < values.size and len(starts):

@@ -138,7 +138,7 @@ def test_residuals_as_large_as_noise_explain() -> None:
     assert not explains(joint._replace(misfit=np.float64(1e-3)))
     # On its way: what it says of errors holds where it ends.
     assert joint.decrement < 1
-    assert not explains(joint._replace(decrement=np.float64(300.0)))
+    assert not explains(joint._replace(decrement=np.float64(30.0)))
     wrong = fit_found(subspace, [replace(found[0], targets=TARGETS[1]), *found[1:]], Divisor(SIZE))
     assert isinstance(wrong, JointFit)
     assert not explains(wrong)

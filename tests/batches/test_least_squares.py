@@ -25,11 +25,14 @@ def test_as_scipy(thorough: bool) -> None:
     times = np.linspace(0, 4, 60)
     truth = np.array([1.0, 3.0, 2.0, 0.5, 0.2])
 
-    def residuals(point: jax.Array) -> jax.Array:
-        return point[0] * jnp.exp(-point[1] * times) + point[2] * jnp.exp(-point[3] * times) + point[4] - data
+    def model(point: jax.Array) -> jax.Array:
+        return point[0] * jnp.exp(-point[1] * times) + point[2] * jnp.exp(-point[3] * times) + point[4]
 
-    data = 0.0
-    data = np.asarray(residuals(jnp.asarray(truth))) + 0.01 * rng.standard_normal(times.size)
+    data = np.asarray(model(jnp.asarray(truth))) + 0.01 * rng.standard_normal(times.size)
+
+    def residuals(point: jax.Array) -> jax.Array:
+        return model(point) - data
+
     start = 1.2 * truth
     peer = least_squares(lambda point: np.asarray(residuals(jnp.asarray(point))), start, xtol=1e-12, ftol=1e-12)
     point, equations = minimise(residuals, None, jnp.asarray(start), 200, 1e-3, jnp.linalg.solve, thorough=thorough)
