@@ -9,6 +9,7 @@ from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import JointFit, fit_jointly
 from softinv_jax.batches.subspace import BatchSubspace
+from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["explains", "fit_found"]
 
@@ -29,9 +30,10 @@ def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor)
 
 
 def explains(joint: JointFit) -> bool:
-    """Converged, with residuals no larger than noise may make them.
+    """Converged, with residuals no larger than noise may make them, however few degrees of freedom.
 
     And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
     """
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
-    return bool(joint.decrement <= 1 and smallest <= joint.misfit <= largest_misfit(float(joint.freedom)))
+    largest = min(TOLERANCE / 2, largest_misfit(float(joint.freedom)))
+    return bool(joint.decrement <= 1 and smallest <= joint.misfit <= largest)
