@@ -13,18 +13,24 @@ class Verdict(enum.IntEnum):
     """How sure a recovery is.
 
     Attributes:
+      REFUTED: the gradient contradicts what was assumed of it, and nothing that was tried explains it; see
+        `Recovery.assumptions`.
       NOT_FOUND: one of a batch that the search did not find, or not surely enough; nothing is said of it.
       NO_SIGNAL: the gradient is zero, or noise: nothing can be said.
       UNIDENTIFIABLE: more labels than can be listed explain the gradient; see `Recovery.interval`.
       AMBIGUOUS: a few labels explain it, or one whose structure could be an accident; see `Recovery.candidates`.
+      CONDITIONAL: the label is right if the loss, the scale and whatever else `Recovery.assumptions` names are as told:
+        nothing in the gradient confirms them.
       UNIQUE: no other soft label that singles out as few classes explains the gradient.
     """
 
+    REFUTED = -2
+    NOT_FOUND = -1
     NO_SIGNAL = 0
     UNIDENTIFIABLE = 1
-    AMBIGUOUS = 2
-    UNIQUE = 3
-    NOT_FOUND = -1  # Below all others: a label is given from AMBIGUOUS on.
+    AMBIGUOUS = 2  # A label is given from here on.
+    CONDITIONAL = 3
+    UNIQUE = 4
 
 
 def verdict_names(codes: object) -> np.ndarray:
