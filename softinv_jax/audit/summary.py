@@ -7,7 +7,7 @@ from scipy import stats
 
 from softinv_jax.audit.cells import Cell, Composition
 from softinv_jax.images.verdicts import ImageVerdict, image_verdict_names
-from softinv_jax.labels.recovery import SHARP_LABEL
+from softinv_jax.labels.explanations import SHARP_LABEL
 from softinv_jax.labels.verdicts import Verdict
 
 __all__ = ["CellSummary", "Estimate", "Share", "share", "summarise"]

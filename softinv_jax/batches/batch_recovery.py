@@ -17,7 +17,7 @@ from softinv_jax.batches.scale_search import search_any_scale
 from softinv_jax.batches.search import search_batch
 from softinv_jax.batches.subspace import BatchSubspace, batch_subspace
 from softinv_jax.float64 import in_float64
-from softinv_jax.labels.recovery import SHARP_LABEL, UNIQUE_SURPRISE
+from softinv_jax.labels.explanations import SHARP_LABEL, UNIQUE_SURPRISE
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.observation.head import Observation, append_bias, observe

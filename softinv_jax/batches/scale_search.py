@@ -18,7 +18,7 @@ from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.proposals import propose
 from softinv_jax.batches.search import search_batch
 from softinv_jax.batches.subspace import BatchSubspace
-from softinv_jax.labels.recovery import UNIQUE_SURPRISE
+from softinv_jax.labels.explanations import UNIQUE_SURPRISE
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["search_any_scale"]

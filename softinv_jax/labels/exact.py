@@ -1,45 +1,24 @@
 """Format-free recovery: explanations of one gradient, found by consensus and, under noise, by likelihood."""
 
-from dataclasses import dataclass, replace
-
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.float64 import argmax, argmin, argsort
-from softinv_jax.labels.consensus import (
-    Consensus,
-    hypothesis_drift,
-    polish_consensus,
-    score_hypotheses,
-)
+from softinv_jax.float64 import argmax, argsort
+from softinv_jax.labels.consensus import Consensus, hypothesis_drift, score_hypotheses
+from softinv_jax.labels.explanations import Explanations, distinct
 from softinv_jax.labels.hypotheses import plan_triples, solve_hypotheses
-from softinv_jax.labels.likelihood import fit_likelihood, trimmed_starts
-from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
+from softinv_jax.labels.noisy import explain_by_likelihood
+from softinv_jax.labels.polishing import polish_consensus
+from softinv_jax.labels.reading import Reading
+from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns, either
 
-__all__ = ["Explanations", "explain_by_consensus", "explain_thoroughly"]
+__all__ = ["FAST_TRIPLES", "explain_by_consensus", "explain_thoroughly"]
 
 FAST_TRIPLES = 24
 THOROUGH_TRIPLES = 256
-LIKELIHOOD_STARTS = 4
 POLISHED = 6
 SUPPORTED = 4
 LISTED = 3
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Explanations:
-    """Distinct explanations of one gradient, the best first.
-
-    Attributes:
-      found: `Consensus` with a leading axis (K,).
-      exhaustive: () bool, every triple of classes was tried, so that no other explanation exists.
-      feature_pull: (C,) correction of the feature under noise, see `LikelihoodFit`; None or zero without.
-    """
-
-    found: Consensus
-    exhaustive: jax.Array
-    feature_pull: jax.Array | None
 
 
 def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns) -> Explanations:
@@ -49,29 +28,24 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns) -> Explan
       equation: the scalar equation. unknowns: static.
     """
     polished, exhaustive = _polish_best(equation, unknowns, thorough=False)
-    return Explanations(_distinct(polished, 2), exhaustive, None)
+    return Explanations(distinct(polished, 2), exhaustive, None)
 
 
-def explain_thoroughly(
-    equation: ScalarEquation,
-    direction_covariance: jax.Array,
-    factor_variance: jax.Array,
-    is_rounding: jax.Array,
-    unknowns: Unknowns,
-) -> Explanations:
+def explain_thoroughly(reading: Reading, unknowns: Unknowns) -> Explanations:
     """The thorough search: ten times the triples and up to three explanations; maximum likelihood under noise.
 
     Args:
-      equation: the scalar equation, with `left_deviation` and `direction_deviation` measured. unknowns: static.
-      direction_covariance: (C, C), covariance of the errors of z. factor_variance: () of the error of kappa.
-      is_rounding: () bool, the gradient carries no noise but its rounding.
+      reading: of one gradient, thorough. unknowns: static or traced.
     """
+    equation = reading.equation
     polished, exhaustive = _polish_best(equation, unknowns, thorough=True)
     no_pull = jnp.zeros(equation.direction.shape)
+    free = jnp.asarray(unknowns.scalar) | jnp.asarray(unknowns.scale)
+    factor_variance = jnp.where(free, 0.0, reading.factor_variance)
     return jax.lax.cond(
-        is_rounding,
-        lambda: Explanations(_distinct(polished, LISTED), exhaustive, no_pull),
-        lambda: _explain_by_likelihood(equation, direction_covariance, factor_variance, polished, unknowns),
+        reading.is_rounding,
+        lambda: Explanations(distinct(polished, LISTED), exhaustive, no_pull),
+        lambda: explain_by_likelihood(equation, reading.direction_covariance, factor_variance, polished, unknowns),
     )
 
 
@@ -100,9 +74,8 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
 
     first = argmax(score)
     # Without lambda as an unknown kappa is one; else it follows from lambda.
-    values, deviations = hypotheses.scalar, hypotheses.scalar_deviation
-    if not unknowns.scalar:
-        values, deviations = hypotheses.factor, hypotheses.factor_deviation
+    values = either(unknowns.scalar, hypotheses.scalar, hypotheses.factor)
+    deviations = either(unknowns.scalar, hypotheses.scalar_deviation, hypotheses.factor_deviation)
     elsewhere = _apart(values, deviations, first)
     # The best few, and the best few of those that contradict the very best.
     contradicting = jnp.where(elsewhere, score, -jnp.inf)
@@ -134,68 +107,3 @@ def _support(values: jax.Array, deviations: jax.Array, score: jax.Array) -> jax.
     others = ~jnp.eye(values.size, dtype=bool) & (score > 0)[None, :]
     nats = jnp.log(jnp.maximum(jnp.abs(values)[:, None] / jnp.maximum(reach, 1e-300), 1.0))
     return jnp.where(score > 0, jnp.sum(jnp.where(near & others, nats, 0.0), axis=1), -jnp.inf)
-
-
-def _distinct(polished: Consensus, listed: int) -> Consensus:
-    """The `listed` best consensuses with different classes in agreement; surprise -inf where there are fewer."""
-    surprise = jnp.where(jnp.isnan(polished.surprise), -jnp.inf, polished.surprise)
-    picks, left = [], surprise
-    for _ in range(listed):
-        best = argmax(left)
-        picks.append((best, left[best]))
-        same = jnp.all(polished.agreeing == polished.agreeing[best][None, :], axis=1)
-        left = jnp.where(same, -jnp.inf, left)
-    order = jnp.stack([index for index, _ in picks])
-    found = jax.tree.map(lambda leaf: leaf[order], polished)
-    return replace(found, surprise=jnp.stack([value for _, value in picks]))
-
-
-def _explain_by_likelihood(
-    equation: ScalarEquation,
-    direction_covariance: jax.Array,
-    factor_variance: jax.Array,
-    polished: Consensus,
-    unknowns: Unknowns,
-) -> Explanations:
-    """Maximum likelihood from the best hypotheses and from the weighted variance loss."""
-    trimmed = trimmed_starts(equation, unknowns, LIKELIHOOD_STARTS)
-    starts = [
-        jnp.concatenate([best[:LIKELIHOOD_STARTS], other])
-        for best, other in zip((polished.scalar, polished.factor, polished.agreeing), trimmed, strict=True)
-    ]
-    fits = jax.vmap(
-        lambda scalar, factor, agreeing: fit_likelihood(
-            equation, direction_covariance, factor_variance, scalar, factor, agreeing, unknowns
-        )
-    )(*starts)
-    best = argmin(fits.cost)
-    fit = jax.tree.map(lambda leaf: leaf[best], fits)
-    level = jnp.sum(jnp.where(fit.agreeing, fit.label, 0.0)) / jnp.maximum(jnp.sum(fit.agreeing), 1)
-    described = polish_consensus(
-        equation,
-        fit.scalar,
-        fit.factor,
-        level,
-        jnp.where(fit.agreeing, jnp.inf, -jnp.inf),  # The fit has chosen the classes.
-        unknowns,
-        steps=0,
-    )
-    reach = TOLERANCE * fit.label_deviation
-    valid = (fit.label >= -2 * reach) & (fit.label <= 1 + 2 * reach) & (reach <= 0.5)
-    fits = jnp.all(valid) & (fit.misfit <= (TOLERANCE / 2) ** 2)
-    described = replace(
-        described,
-        fits=fits,
-        surprise=jnp.where(fits, described.surprise, jnp.minimum(described.surprise, 0.0)),
-        level=level,
-        level_deviation=fit.level_deviation,
-        label=fit.label,
-        label_deviation=fit.label_deviation,
-        deviation_without_one=jnp.hypot(fit.label_deviation, described.deviation_without_one),
-        scalar_deviation=fit.scalar_deviation,
-        misfit=fit.misfit,
-    )
-    none = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described)
-    none = replace(none, fits=jnp.zeros_like(described.fits), surprise=jnp.full_like(described.surprise, -jnp.inf))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), described, none, none)
-    return Explanations(stacked, jnp.asarray(False), fit.feature_pull)

@@ -9,6 +9,7 @@ end when lambda is negative).
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 
 from softinv_jax.float64 import argmin, argsort, take_rows
 from softinv_jax.labels.monotone_triple import log_ratio_slope, solve_log_ratio
-from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, label_deviation, probabilities
+from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, either, label_deviation, probabilities
 
 __all__ = ["Hypotheses", "TriplePlan", "plan_triples", "solve_hypotheses"]
 
@@ -108,24 +109,18 @@ def solve_hypotheses(equation: ScalarEquation, plan: TriplePlan, unknowns: Unkno
     Args:
       equation: the scalar equation.
       plan: static triples.
-      unknowns: static; at least one of the two is true.
+      unknowns: at least one of the two is true, or all triples say the same.
     """
     classes = _falling(equation.direction, _ranked_classes(equation.direction)[plan.triples])
-    direction, left = equation.direction[classes], equation.left[classes]
-    upper_gap, lower_gap = direction[:, 0] - direction[:, 1], direction[:, 1] - direction[:, 2]
-    upper, lower = left[:, 0] - left[:, 1], left[:, 1] - left[:, 2]
-    if unknowns.scalar:
-        solvable = (upper_gap > 0) & (lower_gap > 0) & (upper * lower > 0)
-        gaps = jnp.where(solvable, upper_gap, 1.0), jnp.where(solvable, lower_gap, 1.0)
-        target = jnp.log(jnp.where(solvable, upper, 1.0) / jnp.where(solvable, lower, 1.0))
-        scalar = jnp.where(solvable, solve_log_ratio(target, *gaps), jnp.nan)
-    else:
-        scalar = jnp.broadcast_to(equation.known_scalar, upper.shape)
+    root = _solve_triples(equation, classes)
+    known = jnp.broadcast_to(equation.known_scalar, root.scalar.shape)
+    scalar = either(unknowns.scalar, root.scalar, known)
     every_prediction = probabilities(equation, scalar)
-    prediction = take_rows(every_prediction, classes)
+    prediction, left = take_rows(every_prediction, classes), equation.left[classes]
     upper_step, lower_step = prediction[:, 0] - prediction[:, 1], prediction[:, 1] - prediction[:, 2]
     span = left[:, 0] - left[:, 2]
-    factor = (upper_step + lower_step) / jnp.where(span == 0, jnp.nan, span) if unknowns.scale else 1 / scalar
+    slope = (upper_step + lower_step) / jnp.where(span == 0, jnp.nan, span)
+    factor = either(unknowns.scale, slope, 1 / scalar)
     every_label = every_prediction - factor[:, None] * equation.left[None, :]
     label = take_rows(every_label, classes)
     every_deviation = label_deviation(equation, scalar, factor, every_prediction, every_label)
@@ -134,27 +129,38 @@ def solve_hypotheses(equation: ScalarEquation, plan: TriplePlan, unknowns: Unkno
     upper_error = jnp.hypot(deviation[:, 0], deviation[:, 1]) / jnp.abs(upper_step)
     lower_error = jnp.hypot(deviation[:, 1], deviation[:, 2]) / jnp.abs(lower_step)
     target_deviation = jnp.hypot(upper_error, lower_error)
-    scalar_deviation = jnp.zeros_like(scalar)
-    if unknowns.scalar:
-        scalar_deviation = target_deviation / log_ratio_slope(scalar, *gaps)
-        # A triple whose own differences drown in their errors says nothing about lambda.
-        scalar = jnp.where(target_deviation < 0.5, scalar, jnp.nan)
-    factor_deviation = jnp.zeros_like(scalar)  # With a known scale lambda carries it.
-    if unknowns.scale:
-        ends = jnp.hypot(deviation[:, 0], deviation[:, 2])
-        factor_deviation = jnp.abs(factor) * ends / jnp.abs(upper_step + lower_step)
+    zero = jnp.zeros_like(scalar)
+    # A triple whose own differences drown in their errors says nothing about lambda.
+    clear = jnp.where(target_deviation < 0.5, scalar, jnp.nan)
+    ends = jnp.hypot(deviation[:, 0], deviation[:, 2])
+    factor_deviation = jnp.abs(factor) * ends / jnp.abs(upper_step + lower_step)
     sharpest = argmin(deviation)[:, None]
-    level = take_rows(label, sharpest)[:, 0]
-    level_deviation = take_rows(deviation, sharpest)[:, 0]
     return Hypotheses(
-        classes,
-        scalar,
-        factor,
-        level,
-        scalar_deviation,
-        factor_deviation,
-        level_deviation,
-        every_prediction,
-        every_label,
-        every_deviation,
+        classes=classes,
+        scalar=either(unknowns.scalar, clear, scalar),
+        factor=factor,
+        level=take_rows(label, sharpest)[:, 0],
+        scalar_deviation=either(unknowns.scalar, target_deviation / log_ratio_slope(scalar, *root.gaps), zero),
+        factor_deviation=either(unknowns.scale, factor_deviation, zero),  # With a known scale lambda carries it.
+        level_deviation=take_rows(deviation, sharpest)[:, 0],
+        prediction=every_prediction,
+        label=every_label,
+        deviation=every_deviation,
     )
+
+
+class _Root(NamedTuple):
+    """(H,) lambda, NaN where a triple has none, and the gaps between its logit directions."""
+
+    scalar: jax.Array
+    gaps: tuple[jax.Array, jax.Array]
+
+
+def _solve_triples(equation: ScalarEquation, classes: jax.Array) -> _Root:
+    direction, left = equation.direction[classes], equation.left[classes]
+    upper_gap, lower_gap = direction[:, 0] - direction[:, 1], direction[:, 1] - direction[:, 2]
+    upper, lower = left[:, 0] - left[:, 1], left[:, 1] - left[:, 2]
+    solvable = (upper_gap > 0) & (lower_gap > 0) & (upper * lower > 0)
+    gaps = jnp.where(solvable, upper_gap, 1.0), jnp.where(solvable, lower_gap, 1.0)
+    target = jnp.log(jnp.where(solvable, upper, 1.0) / jnp.where(solvable, lower, 1.0))
+    return _Root(jnp.where(solvable, solve_log_ratio(target, *gaps), jnp.nan), gaps)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.float64 import argmax, argmin, argsort
-from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, label_deviation
+from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, either, label_deviation
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
 __all__ = ["LikelihoodFit", "fit_likelihood", "trimmed_starts"]
@@ -90,8 +90,7 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
     spread = jnp.maximum(jnp.max(equation.direction) - jnp.min(equation.direction), 1e-300)
     magnitudes = jnp.geomspace(0.02, 500.0, GRID) / spread
     scalars = jnp.concatenate([-magnitudes[::-1], magnitudes])
-    if not unknowns.scalar:
-        scalars = jnp.broadcast_to(equation.known_scalar, scalars.shape)
+    scalars = either(unknowns.scalar, scalars, jnp.broadcast_to(equation.known_scalar, scalars.shape))
 
     def loss(scalar: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         prediction = jax.nn.softmax(scalar * equation.direction + equation.offset)
@@ -103,8 +102,8 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
             weights = weights / jnp.sum(weights)
             centred_p = prediction - jnp.sum(weights * prediction)
             centred_u = equation.left - jnp.sum(weights * equation.left)
-            if unknowns.scale:
-                factor = jnp.sum(weights * centred_p * centred_u) / jnp.sum(weights * centred_u**2)
+            slope = jnp.sum(weights * centred_p * centred_u) / jnp.sum(weights * centred_u**2)
+            factor = either(unknowns.scale, slope, factor)
             residual = (centred_p - factor * centred_u) / deviation
             worst = argmax(jnp.where(agreeing, jnp.abs(residual), -1.0))
             # Two are trimmed; the third pass is for the loss.
@@ -169,13 +168,10 @@ def fit_likelihood(
         it with u as regressor, which its noise would bias.
         """
         zero = jnp.zeros((number_of_classes,))
-        by_scalar, by_factor = zero, zero
-        if unknowns.scalar:
-            by_scalar = slope @ equation.direction
-            if not unknowns.scale:
-                by_scalar = by_scalar + logit_gradient / state.scalar
-        if unknowns.scale:
-            by_factor = -logit_gradient / state.factor
+        by_scalar = slope @ equation.direction
+        by_scalar = either(unknowns.scale, by_scalar, by_scalar + logit_gradient / state.scalar)
+        by_scalar = either(unknowns.scalar, by_scalar, zero)
+        by_factor = either(unknowns.scale, -logit_gradient / state.factor, zero)
         chosen = jax.nn.one_hot(slots, number_of_classes, dtype=jnp.float64).T - 1 / number_of_classes
         return jnp.concatenate([by_scalar[:, None], by_factor[:, None], -chosen * active[None, :]], axis=1)
 
@@ -240,10 +236,8 @@ def fit_likelihood(
 
         def part(share: jax.Array) -> _State:
             share = share * longest
-            scalar, factor = state.scalar, state.factor
-            if unknowns.scalar:
-                scalar = scalar + share * step.change[0]
-            factor = factor + share * step.change[1] if unknowns.scale else 1 / scalar
+            scalar = either(unknowns.scalar, state.scalar + share * step.change[0], state.scalar)
+            factor = either(unknowns.scale, state.factor + share * step.change[1], 1 / scalar)
             weights = state.weights + share * step.change[2:]
             return _State(scalar, factor, weights, state.dual + share * (new_dual - state.dual))
 
@@ -329,24 +323,25 @@ def fit_likelihood(
     # Twice minus the logarithm of the evidence, by Laplace's method: likelihood (in terms of the observed u, whose
     # errors do not depend on kappa), the volume the data leaves to the parameters, and their priors.
     log_likelihood = final.chi_squared + final.log_determinant - 2 * number_of_classes * jnp.log(jnp.abs(factor))
-    free = jnp.sum(active) + unknowns.scalar + unknowns.scale - (sum_precision > 0)
+    fitted = jnp.asarray(unknowns.scalar, jnp.float64), jnp.asarray(unknowns.scale, jnp.float64)
+    free = jnp.sum(active) + fitted[0] + fitted[1] - (sum_precision > 0)
     volume = final.parameter_log_determinant - free * jnp.log(2 * jnp.pi)
     volume = volume - jnp.where(sum_precision > 0, jnp.log(jnp.where(sum_precision > 0, sum_precision, 1.0)), 0.0)
     # lambda and kappa may be of any order of magnitude alike.
-    prior = 2 * unknowns.scalar * jnp.log(jnp.abs(scalar)) + 2 * unknowns.scale * jnp.log(jnp.abs(factor))
+    prior = 2 * fitted[0] * jnp.log(jnp.abs(scalar)) + 2 * fitted[1] * jnp.log(jnp.abs(factor))
     prior = prior + 2 * jnp.sum(active) * np.log(RARITY * number_of_classes)
     # The share of that volume in which the label has no negative entry.
     uncertain = label_deviation_ > 0
     margin = jnp.where(uncertain, label / jnp.where(uncertain, label_deviation_, 1.0), jnp.inf)
     validity = -2 * jax.scipy.special.log_ndtr(jnp.clip(jnp.min(margin), -1e3, 1e3))
     cost = log_likelihood + volume + prior + validity
-    freedom = number_of_classes - unknowns.scalar - unknowns.scale - jnp.sum(active)
+    freedom = number_of_classes - fitted[0] - fitted[1] - jnp.sum(active)
     return LikelihoodFit(
         scalar=scalar,
         factor=factor,
         label=label,
         label_deviation=label_deviation_,
-        scalar_deviation=jnp.sqrt(inverse[0, 0]) if unknowns.scalar else jnp.zeros(()),
+        scalar_deviation=either(unknowns.scalar, jnp.sqrt(inverse[0, 0]), jnp.zeros(())),
         agreeing=~singled,
         level_deviation=jnp.sqrt(total_variance),
         feature_pull=final.slope @ final.whitened_residual,

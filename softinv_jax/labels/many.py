@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from softinv_jax.float64 import in_float64
 from softinv_jax.labels import recovery
 from softinv_jax.labels.reading import Reading
-from softinv_jax.labels.recovery import Method
+from softinv_jax.labels.recovery import LossName, Method
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe
 
@@ -36,6 +36,8 @@ def recover_many(
     method: Method = "exact",
     unknown_scale: bool = False,
     label_format: Literal["smoothing", "mixup"] | None = None,
+    loss: LossName = "auto",
+    approximate: bool = False,
     thorough: bool = False,
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -44,7 +46,7 @@ def recover_many(
 
     Args:
       observation: `weight_gradient` (N, C, d), NumPy or JAX; NumPy arrays are moved to the device chunk by chunk.
-      method, unknown_scale, label_format: see `recover`.
+      method, unknown_scale, label_format, loss, approximate: see `recover`.
       thorough: search all examples thoroughly at once. Otherwise only those the fast search leaves without a sharp
         unique label.
       devices: share the examples out among these devices of this process, `jax.local_devices()` for all of them;
@@ -64,7 +66,10 @@ def recover_many(
     if gradient.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
     examples = gradient.shape[0]
-    stages = recovery.stages_for(observation, method, unknown_scale, label_format, thorough)
+    thorough = thorough or loss not in ("auto", "cross_entropy") or observation.weight.shape[0] < 3
+    stages = recovery.stages_for(
+        observation, method, unknown_scale, label_format, thorough, loss, approximate=approximate
+    )
     foreign = [str(device) for device in devices or () if device.process_index != jax.process_index()]
     if foreign:
         raise ValueError(
@@ -160,7 +165,7 @@ def _for_each(stage: Callable, stages: recovery.Stages, place: _Place, shared: A
     def share(shared: Any, each: Any) -> Any:
         one = partial(stage, stages, shared)
         # Under vmap both branches of the thorough search would run.
-        return jax.lax.map(one, each) if stages.thorough and stage is _search else jax.vmap(one)(each)
+        return jax.lax.map(one, each) if stages.thorough else jax.vmap(one)(each)
 
     if place.devices:
         # Examples know nothing of each other: every device runs the whole program on its share of them.

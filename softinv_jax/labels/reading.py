@@ -8,20 +8,24 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns
+from softinv_jax.labels.hard_label import odd_class
+from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation
 from softinv_jax.observation.head import Observation, append_bias
+from softinv_jax.observation.leftover import Leftover, describe_leftover, is_one_size
 from softinv_jax.observation.rank_one import (
     RankOneFactors,
     average_rows,
     dominant_factors,
     leading_singular_factors,
-    unit_roundoff,
+    significant_rounding,
     with_known_noise,
 )
 
 __all__ = ["Reading", "feature_along", "read_gradient"]
 
 DRIFTING_SUM = 5.0
+# Entries of either sign would all have one in a case of a million.
+SIGNED_ENTRIES = 20
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +40,12 @@ class Reading:
       feature_variance: () of each entry of v. factor_variance: () of kappa, where a bias tells it.
       right_norm: () length of v as it is kept. longest: () the lambda beyond which a feature leaves the range of the
         result's dtype. total: () sum of the entries of v / |v|; with a bias the last one, of the constant feature 1.
+      feature_sign: () 1 or -1 where no entry of v is of the other sign beyond its error, as after ReLU or a sigmoid; else 0.
       residual: () see `RankOneFactors`. is_rounding: () bool, likewise.
       has_signal: () bool, the gradient is more than noise of the size measured would be.
+      leftover: what is beyond one outer product; where it was not read thoroughly, nothing.
+      one_size: () bool, the entries are signs; false where it was not read thoroughly.
+      hinted_class: () int32, the class whose row has the odd sign.
     """
 
     equation: ScalarEquation
@@ -47,52 +55,81 @@ class Reading:
     right_norm: jax.Array
     longest: jax.Array
     total: jax.Array
+    feature_sign: jax.Array
     residual: jax.Array
     is_rounding: jax.Array
     has_signal: jax.Array
+    leftover: Leftover
+    one_size: jax.Array
+    hinted_class: jax.Array
 
 
-def read_gradient(observation: Observation, unknowns: Unknowns, *, thorough: bool) -> tuple[Reading, jax.Array]:
+def read_gradient(observation: Observation, *, told_scale: bool, thorough: bool) -> tuple[Reading, jax.Array]:
     """Factors, scalar equation and noise of one gradient.
 
     Args:
-      observation: one example. unknowns, thorough: static.
+      observation: one example. told_scale, thorough: static.
 
     Returns:
       The reading, and v in the gradient's dtype, of length `right_norm`: (d,), or (d + 1,) with a bias.
     """
     has_bias = observation.bias is not None
     weight, gradient = append_bias(observation)
+    # Half precision is noise on single precision: its rounding is too coarse to be told from anything else.
+    gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
     factors = dominant_factors(gradient)
     if thorough:
         factors = leading_singular_factors(gradient, factors)
     elif has_bias:
         factors = average_rows(gradient, factors)
     if observation.noise is not None:
-        factors = with_known_noise(factors, observation.noise, gradient.dtype)
+        factors = with_known_noise(factors, observation.noise)
     square = jnp.sum(factors.left**2)
     feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
-    equation, covariance = _scalar_equation(
-        weight, factors, right, feature_variance, gradient.dtype, has_bias, thorough
-    )
-    kept = jnp.promote_types(gradient.dtype, jnp.float32)
-    # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
-    told = has_bias and not unknowns.scale
+    equation, covariance = _scalar_equation(weight, factors, right, feature_variance, has_bias, thorough)
+    leftover, one_size = _nothing_left(), jnp.zeros((), bool)
+    if thorough:
+        matrix = gradient.astype(jnp.float64)
+        rounding = significant_rounding(gradient)
+        noise = None if observation.noise is None else observation.noise.astype(jnp.float64)
+        leftover = describe_leftover(matrix, factors.left, right, rounding, noise, has_bias=has_bias)
+        one_size = is_one_size(matrix)
+    # The last entry of v is read from the bias's column alone, whatever noise that has.
+    of_bias = feature_variance * leftover.bias_excess**2
+    total = right[-1] if has_bias else jnp.sum(right)
     reading = Reading(
         equation=equation,
         direction_covariance=covariance,
         feature_variance=feature_variance,
-        factor_variance=feature_variance if told else jnp.zeros_like(feature_variance),
+        # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
+        factor_variance=of_bias if has_bias and told_scale else jnp.zeros_like(feature_variance),
         right_norm=norm,
-        longest=jnp.asarray(float(jnp.finfo(kept).max), jnp.float64) / jnp.maximum(jnp.max(jnp.abs(right)), 1e-300),
-        total=right[-1] if has_bias else jnp.sum(right),
+        longest=float(jnp.finfo(gradient.dtype).max) / jnp.maximum(jnp.max(jnp.abs(right)), 1e-300),
+        total=total,
+        feature_sign=_common_sign(right, feature_variance),
         residual=factors.residual,
         is_rounding=factors.is_rounding,
         has_signal=_has_signal(factors, right.size),
+        leftover=leftover,
+        one_size=one_size,
+        hinted_class=odd_class(factors.left, total),
     )
     return reading, factors.right
+
+
+def _common_sign(right: jax.Array, variance: jax.Array) -> jax.Array:
+    """() 1, -1, or 0 where entries of either sign stand out, or too few of any to tell by."""
+    reach = TOLERANCE * jnp.sqrt(variance)
+    above, below = jnp.sum(right > reach), jnp.sum(right < -reach)
+    told = above + below >= SIGNED_ENTRIES
+    return jnp.where(told & (below == 0), 1.0, jnp.where(told & (above == 0), -1.0, 0.0))
+
+
+def _nothing_left() -> Leftover:
+    no = jnp.zeros((), bool)
+    return Leftover(stands_out=no, rows_alike=no, deleted=no, bias_excess=jnp.ones(()))
 
 
 def feature_along(
@@ -117,7 +154,6 @@ def _scalar_equation(
     factors: RankOneFactors,
     right: jax.Array,
     feature_variance: jax.Array,
-    dtype: jnp.dtype,
     has_bias: bool,
     thorough: bool,
 ) -> tuple[ScalarEquation, jax.Array]:
@@ -150,7 +186,7 @@ def _scalar_equation(
         left_deviation=factors.row_noise,
         direction_deviation=direction_deviation,
         weight_norm=weight_norm,
-        roundoff=jnp.asarray(unit_roundoff(dtype), jnp.float64),
+        roundoff=factors.client_rounding,
         known_scalar=scalar,
     )
     return equation, covariance

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["TOLERANCE", "ScalarEquation", "Unknowns", "label_deviation", "probabilities", "soft_label"]
+__all__ = ["TOLERANCE", "ScalarEquation", "Unknowns", "either", "label_deviation", "probabilities"]
 
 # Two quantities agree when they differ by at most this many standard deviations. By chance a Gaussian error
 # exceeds six in 2 of 10^9 cases: below one miss in a thousand samples of a thousand classes.
@@ -22,15 +22,24 @@ TOLERANCE = 6.0
 
 
 class Unknowns(NamedTuple):
-    """What is to be found beside the label (static).
+    """What is to be found beside the label.
+
+    Python bools make a program for one case; traced ones make one program that serves every case.
 
     Attributes:
       scalar: lambda, unless the head has a bias.
       scale: kappa independently of lambda, where the gradient is known only up to a factor.
     """
 
-    scalar: bool
-    scale: bool
+    scalar: bool | jax.Array
+    scale: bool | jax.Array
+
+
+def either(flag: bool | jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """`yes` where the flag is true, else `no`; a Python flag keeps the other out of the program."""
+    if isinstance(flag, bool):
+        return yes if flag else no
+    return jnp.where(flag, yes, no)
 
 
 @jax.tree_util.register_dataclass
@@ -64,12 +73,6 @@ def probabilities(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
     direction = jnp.broadcast_to(equation.direction, (*scalar.shape, equation.direction.size))
     offset = jnp.broadcast_to(equation.offset, direction.shape)
     return jax.nn.softmax(scalar[..., None] * direction + offset, axis=-1)
-
-
-def soft_label(equation: ScalarEquation, scalar: jax.Array, factor: jax.Array) -> jax.Array:
-    """y = softmax(lambda z + b) - kappa u: (..., C) for lambda and kappa of shape (...)."""
-    prediction = probabilities(equation, scalar)
-    return prediction - factor[..., None] * jnp.broadcast_to(equation.left, prediction.shape)
 
 
 def label_deviation(

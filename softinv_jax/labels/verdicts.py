@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-__all__ = ["Candidates", "Evidence", "LabelFormat", "LabelKind", "Recovery", "Verdict", "verdict_names"]
+__all__ = [
+    "Assumptions",
+    "Candidates",
+    "Evidence",
+    "LabelFormat",
+    "LabelKind",
+    "MeanLabel",
+    "Recovery",
+    "Verdict",
+    "verdict_names",
+]
 
 
 class Verdict(enum.IntEnum):
@@ -49,6 +59,7 @@ class LabelKind(enum.IntEnum):
     MIXUP = 3
     SMOOTHED_MIXUP = 4
     DENSE = 5
+    MULTI_LABEL = 6  # Several ones, of independent sigmoids.
 
 
 @jax.tree_util.register_dataclass
@@ -118,11 +129,45 @@ class Evidence:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Assumptions:
+    """What the recovery takes for granted, what the gradient says against it, and the loss that was found.
+
+    Attributes:
+      loss: () int32, the `Loss` that explains the gradient.
+      temperature: () T of the softmax; 1 unless it was found, NaN where nothing was.
+      refuted: () int32, `Assumption` flags of what was told or taken for granted and is not so.
+      rests_on: () int32, `Assumption` flags of what a conditional label is right under.
+      examples: () int32, how many examples stand out of the noise; 0 where that was not looked at. At most 32 are
+        counted, and never more than the classes.
+    """
+
+    loss: jax.Array
+    temperature: jax.Array
+    refuted: jax.Array
+    rests_on: jax.Array
+    examples: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MeanLabel:
+    """The mean label of several examples behind one gradient; NaN where it is of one, or not known.
+
+    Attributes:
+      label: (C,). deviation: (C,) standard deviation.
+    """
+
+    label: jax.Array
+    deviation: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Recovery:
     """What one gradient gives away. Under `vmap` every field has a leading axis.
 
     Attributes:
-      label: (C,) soft label; NaN unless the verdict is unique or ambiguous (then the best candidate's).
+      label: (C,) soft label; NaN unless the verdict is unique, conditional or ambiguous (then the best candidate's).
       feature: (d,) last-layer feature, likewise.
       scalar: () lambda = |x| with the sign that goes with the singular vector.
       scale: () factor between the observed gradient and dL/dW; 1 where the scale was known.
@@ -131,6 +176,8 @@ class Recovery:
       interval: (2,) the lambda for which y is a valid label, where the verdict is unidentifiable.
       candidates: distinct explanations.
       evidence: why.
+      assumptions: the loss, and what the verdict takes for granted.
+      mean: the mean label, where the gradient is of several examples.
       all but the integers in the dtype of the gradient, or float64 where that was given.
     """
 
@@ -143,6 +190,8 @@ class Recovery:
     interval: jax.Array
     candidates: Candidates
     evidence: Evidence
+    assumptions: Assumptions
+    mean: MeanLabel
 
     @property
     def verdict_name(self) -> np.ndarray:

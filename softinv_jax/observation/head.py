@@ -69,7 +69,7 @@ def observe(
       check_values: look for NaN and infinite entries, which reads every byte once. NumPy arrays stay NumPy arrays.
 
     Raises:
-      ValueError: naming the array and what is wrong with it: a shape that does not fit, fewer than 3 classes, a
+      ValueError: naming the array and what is wrong with it: a shape that does not fit, fewer than 3 classes without a bias, a
         dtype that is not floating, NaN or infinite entries, or one of bias and bias_gradient without the other.
     """
     if (bias is None) != (bias_gradient is None):
@@ -136,10 +136,11 @@ def _check_shapes(arrays: Mapping[str, jax.Array]) -> None:
     if weight.ndim != 2 or weight.size == 0:
         raise ValueError(f"weight must have shape (C, d), but it has shape {weight.shape}")
     number_of_classes = weight.shape[0]
-    if number_of_classes < 3:
+    if number_of_classes < 3 and "bias" not in arrays:
         raise ValueError(
-            f"weight has C = {number_of_classes} rows; soft labels can be told apart only from C = 3 classes on"
-            f" (is weight transposed? it has shape {weight.shape}, and (C, d) is expected)"
+            f"weight has C = {number_of_classes} rows and there is no bias: the gradient is then one equation for two"
+            " unknowns, the label and the length of the feature; from C = 3 on there are more equations (is weight"
+            f" transposed? it has shape {weight.shape}, and (C, d) is expected)"
         )
     if gradient.ndim not in (2, 3) or gradient.shape[-2:] != weight.shape or 0 in gradient.shape:
         raise ValueError(

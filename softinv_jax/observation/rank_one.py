@@ -18,6 +18,8 @@ __all__ = [
     "average_rows",
     "dominant_factors",
     "leading_singular_factors",
+    "roundings",
+    "significant_rounding",
     "unit_roundoff",
     "with_known_noise",
 ]
@@ -39,6 +41,8 @@ class RankOneFactors:
         does not exceed the rounding of the gradient's dtype.
       residual: float64, root mean square of the part that is not u v^T over that of the whole.
       is_rounding: bool, no row's residual exceeds what rounding explains.
+      entry_rounding: float64, largest relative error that the entries of G were rounded with.
+      client_rounding: float64, the same of what the client computed G from: larger for float64 products of float32.
     """
 
     left: jax.Array
@@ -47,11 +51,46 @@ class RankOneFactors:
     row_noise: jax.Array
     residual: jax.Array
     is_rounding: jax.Array
+    entry_rounding: jax.Array
+    client_rounding: jax.Array
 
 
 def unit_roundoff(dtype: jnp.dtype) -> float:
     """Largest relative error of rounding one number to `dtype`."""
     return float(jnp.finfo(dtype).eps) / 2
+
+
+def roundings(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """() largest relative error of rounding the entries of G, and () that of the numbers which the client multiplied.
+
+    An array can be wider than the numbers in it: float64 that holds float32 (somebody converted it), or exact products
+    of two float32 numbers, which have no more than 48 binary digits.
+
+    Args:
+      values: some entries of G, any shape.
+    """
+    own = unit_roundoff(values.dtype)
+    if values.dtype != jnp.float64:
+        return jnp.asarray(own, jnp.float64), jnp.asarray(own, jnp.float64)
+    single = unit_roundoff(jnp.dtype(jnp.float32))
+    holds_single = jnp.all(jax.lax.reduce_precision(values, 11, 23) == values)
+    holds_products = jnp.all(jax.lax.reduce_precision(values, 11, 47) == values)
+    entry = jnp.where(holds_single, single, own)
+    return entry, jnp.where(holds_single | holds_products, single, own)
+
+
+def significant_rounding(values: jax.Array) -> jax.Array:
+    """() largest relative error of rounding to the few binary digits that the entries have: bfloat16, float16, or more.
+
+    Args:
+      values: some entries of G, float32 or float64.
+    """
+    own, _ = roundings(values)
+    exponent = jnp.finfo(values.dtype).nexp
+    for digits in (10, 7):
+        fits = jnp.all(jax.lax.reduce_precision(values, exponent, digits) == values)
+        own = jnp.where(fits, 2.0 ** -(digits + 1), own)
+    return own
 
 
 def _sign_probes(features: int) -> np.ndarray:
@@ -95,15 +134,17 @@ def dominant_factors(gradient: jax.Array) -> RankOneFactors:
     # Rounding of a length-d float32 dot product: each partial sum grows like a random walk, which adds up to
     # 0.41 sqrt(d) unit roundoffs of |G_r| (one standard deviation, the worst order of summation). Four probes
     # a row and C rows: six deviations are never reached by chance.
-    roundoff = unit_roundoff(gradient.dtype)
-    floor = 6 * roundoff * (1 + 0.41 * np.sqrt(features)) * jnp.abs(left)
+    entry_rounding, client_rounding = roundings(jnp.append(block.ravel(), right64).astype(gradient.dtype))
+    floor = 6 * entry_rounding * (1 + 0.41 * np.sqrt(features)) * jnp.abs(left)
     # Weaker rows of a gradient near the smallest normal number have lost their digits to underflow.
-    smallest = float(jnp.finfo(gradient.dtype).tiny) / roundoff
+    smallest = float(jnp.finfo(gradient.dtype).tiny) / unit_roundoff(gradient.dtype)
     is_rounding = jnp.all(row_deviation <= floor) & ((pivot == 0) | (jnp.abs(pivot) > smallest))
     row_noise = jnp.where(is_rounding, 0.0, row_deviation / np.sqrt(features))
     total = jnp.sqrt(jnp.sum(left**2))
     residual = jnp.sqrt(jnp.sum(row_deviation**2)) / jnp.where(total == 0, 1.0, total)
-    return RankOneFactors(left, right, right_norm, row_noise, residual, is_rounding)
+    return RankOneFactors(
+        left, right, right_norm, row_noise, residual, is_rounding, entry_rounding, client_rounding
+    )
 
 
 def average_rows(gradient: jax.Array, factors: RankOneFactors) -> RankOneFactors:
@@ -145,25 +186,30 @@ def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> Rank
     pooled = jnp.sum(row_square) / max(number_of_classes - 1, 1)
     square = jnp.sum(left**2)
     row_deviation = jnp.sqrt(row_square + pooled * left**2 / jnp.where(square == 0, 1.0, square))
-    entry_rounding = unit_roundoff(gradient.dtype) / np.sqrt(3 * features) * jnp.abs(left)
+    entry_rounding = start.entry_rounding / np.sqrt(3 * features) * jnp.abs(left)
     own_rounding = 4 * unit_roundoff(jnp.dtype(jnp.float64)) * jnp.abs(left)
     is_rounding = jnp.all(row_deviation <= 2 * entry_rounding + own_rounding)
     row_noise = jnp.sqrt(jnp.maximum(row_deviation**2 - entry_rounding**2, 0.0))
     total = jnp.sqrt(jnp.sum(left**2))
     relative = jnp.sqrt(jnp.sum(residual**2)) / jnp.where(total == 0, 1.0, total)
-    return RankOneFactors(left, right, jnp.ones(()), row_noise, relative, is_rounding)
+    return replace(
+        start,
+        left=left,
+        right=right,
+        right_norm=jnp.ones(()),
+        row_noise=row_noise,
+        residual=relative,
+        is_rounding=is_rounding,
+    )
 
 
-def with_known_noise(factors: RankOneFactors, noise: jax.Array, dtype: jnp.dtype) -> RankOneFactors:
+def with_known_noise(factors: RankOneFactors, noise: jax.Array) -> RankOneFactors:
     """The same factors where each row's entries are known to carry noise of deviation `noise` (C,).
 
     The noise measured is an average over columns; a column that carries more (a bias) does not show in it.
-
-    Args:
-      dtype: of the gradient.
     """
     noise = noise.astype(jnp.float64)
-    rounding = unit_roundoff(dtype) / np.sqrt(3 * factors.right.size) * jnp.abs(factors.left)
+    rounding = factors.entry_rounding / np.sqrt(3 * factors.right.size) * jnp.abs(factors.left)
     return replace(
         factors,
         row_noise=jnp.maximum(factors.row_noise, noise),

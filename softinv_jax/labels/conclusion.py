@@ -1,0 +1,343 @@
+"""The verdict on one gradient, from its reading and the explanation that was found, and the result that carries it."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.labels.assumptions import Assumption, Loss
+from softinv_jax.labels.consensus import Consensus
+from softinv_jax.labels.explanations import SHARP_LABEL, Explanations
+from softinv_jax.labels.label_format import read_format, structured_label
+from softinv_jax.labels.losses import Outcome
+from softinv_jax.labels.reading import Reading
+from softinv_jax.labels.scalar_equation import (
+    TOLERANCE,
+    ScalarEquation,
+    Unknowns,
+    label_deviation,
+    probabilities,
+)
+from softinv_jax.labels.verdicts import (
+    Assumptions,
+    Candidates,
+    Evidence,
+    LabelFormat,
+    LabelKind,
+    MeanLabel,
+    Recovery,
+    Verdict,
+)
+
+__all__ = ["Asked", "conclude", "unexplained_outcome"]
+
+# Sums of rows beyond this share of the whole are no rounding of a client that is unsure to a hundredth.
+UNBALANCED = 1e-3
+SIGMOIDS = (Loss.BINARY_CROSS_ENTROPY, Loss.WEIGHTED_BINARY_CROSS_ENTROPY)
+
+
+class Asked(NamedTuple):
+    """What is static of a verdict.
+
+    Attributes:
+      has_bias, told_scale: of the observation. is_published: the method is a published baseline's, which shows nothing
+        but its own answer. approximate: the gradient stands for one that was not observed exactly.
+    """
+
+    has_bias: bool
+    told_scale: bool
+    is_published: bool
+    approximate: bool
+
+
+class _Finding(NamedTuple):
+    """What is said of one gradient: the explanation told, and () flags.
+
+    Attributes:
+      best: the explanation. prediction: (C,) p at it. structured: its label has the structure that was found.
+      conditional: the label in closed form, which nothing confirms. unique, ambiguous: see `Verdict`.
+      refuted: int32. dismissed: what is refuted leaves nothing to tell.
+    """
+
+    best: Consensus
+    prediction: jax.Array
+    structured: jax.Array
+    conditional: jax.Array
+    unique: jax.Array
+    ambiguous: jax.Array
+    refuted: jax.Array
+    dismissed: jax.Array
+
+
+def conclude(reading: Reading, outcome: Outcome, asked: Asked) -> tuple[Recovery, jax.Array | None]:
+    """The verdict, and what the label says of the feature's error.
+
+    Args:
+      reading: of one gradient. outcome: the explanations of it. asked: static.
+
+    Returns:
+      A `Recovery` without its feature and mean label, and the pull on the feature: (C,), or None.
+    """
+    finding = _weigh(reading, outcome, asked)
+    verdict = _verdict(reading, finding)
+    recovered = verdict >= Verdict.AMBIGUOUS
+    label = _told_label(finding, outcome)
+
+    def known(values: jax.Array) -> jax.Array:
+        return jnp.where(recovered, values, jnp.nan)
+
+    best, found = finding.best, outcome.explanations.found
+    kept = outcome.listed & reading.has_signal & ~finding.dismissed
+    recovery = Recovery(
+        label=known(label),
+        feature=jnp.zeros((0,)),
+        scalar=known(best.scalar),
+        scale=known(_scale(best, outcome, asked)),
+        format=_format(reading, finding, label, recovered, outcome),
+        verdict=verdict,
+        interval=jnp.full((2,), jnp.nan),
+        candidates=Candidates(
+            scalar=jnp.where(kept, found.scalar, jnp.nan),
+            scale=jnp.where(kept, 1 / (found.factor * found.scalar), jnp.nan),
+            label=jnp.where(kept[:, None], found.label, jnp.nan),
+            surprise=jnp.where(kept, found.surprise, jnp.nan),
+        ),
+        evidence=_evidence(reading, finding, label, recovered),
+        assumptions=_assumptions(reading, finding, outcome, verdict),
+        mean=MeanLabel(jnp.full_like(label, jnp.nan), jnp.full_like(label, jnp.nan)),
+    )
+    pull = outcome.explanations.feature_pull
+    if pull is not None:
+        # What a structure that does not fit would say of the feature is nothing.
+        pull = jnp.where(finding.structured, best.scalar**2 * reading.feature_variance * pull, 0.0)
+    return recovery, pull
+
+
+def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:
+    """Whether the explanation is told, and what of the assumptions does not hold."""
+    found = outcome.explanations.found
+    best: Consensus = jax.tree.map(lambda leaf: leaf[0], found)
+    equation, structured = reading.equation, outcome.listed[0]
+    sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
+    # A feature beyond the range of the result's dtype was no client's, and could not be reported.
+    possible = jnp.abs(best.scalar) <= reading.longest
+    ambiguous, unique, conditional = jnp.any(outcome.listed), outcome.unique, jnp.zeros((), bool)
+    if asked.is_published:
+        possible, structured, ambiguous, unique = jnp.ones((), bool), *(jnp.asarray(x) for x in (True, True, False))
+    out_of_range = jnp.zeros((), bool)
+    if asked.has_bias and asked.told_scale and not asked.is_published:
+        plain = _closed_form(reading, sigmoids)
+        reach = TOLERANCE * plain.label_deviation
+        out_of_range = jnp.any((plain.label < -reach) | (plain.label > 1 + reach))
+        told = ~outcome.scale & ~outcome.scalar | sigmoids
+        conditional = ~unique & ~structured & ~out_of_range & told & jnp.all(jnp.isfinite(plain.label))
+        # Beyond that, lambda could be anything.
+        vague = TOLERANCE * jnp.abs(equation.known_scalar) * jnp.sqrt(reading.feature_variance) > 1
+        conditional = conditional & ~vague
+        sharp = jnp.max(reach) <= SHARP_LABEL
+        best = jax.tree.map(lambda a, b: jnp.where(conditional, a, b), plain, best)
+        ambiguous = (ambiguous & ~vague) | (conditional & ~sharp)
+        conditional = conditional & sharp
+    # Two free numbers bend a softmax into the gradients of other losses (squared error, for one) nearly enough.
+    supple = unique & outcome.scalar & outcome.scale if asked.has_bias else jnp.zeros((), bool)
+    unique, conditional = unique & ~supple, conditional | supple
+    refuted, dismissed = _refuted(reading, outcome, asked, out_of_range)
+    prediction = probabilities(equation, best.scalar)
+    prediction = jnp.where(sigmoids, jax.nn.sigmoid(best.scalar * equation.direction + equation.offset), prediction)
+    sure = ~dismissed & possible & reading.has_signal
+    if asked.approximate:
+        unique, conditional, ambiguous = (jnp.zeros((), bool),) * 2 + (ambiguous | unique | conditional,)
+    return _Finding(
+        best, prediction, structured, conditional & sure, unique & sure, ambiguous & sure, refuted, dismissed
+    )
+
+
+def _is_one_of(loss: jax.Array, losses: tuple[Loss, ...]) -> jax.Array:
+    return jnp.any(jnp.stack([loss == one for one in losses]))
+
+
+def _closed_form(reading: Reading, sigmoids: jax.Array) -> Consensus:
+    """y = p - kappa u as it is, and how exactly: lambda is known, and the label has no structure to lean on."""
+    equation = reading.equation
+    scalar = equation.known_scalar
+    logits = scalar * equation.direction + equation.offset
+    prediction = jnp.where(sigmoids, jax.nn.sigmoid(logits), jax.nn.softmax(logits))
+    factor = jnp.where(sigmoids, 1.0 * equation.left.size, 1.0) / scalar
+    label = prediction - factor * equation.left
+    deviation = label_deviation(equation, scalar, factor, prediction, label)
+    # An error of v reaches the label through p, which `direction_deviation` holds, and through kappa.
+    deviation = jnp.sqrt(deviation**2 + reading.factor_variance * (factor * scalar * equation.left) ** 2)
+    zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    return Consensus(
+        scalar=scalar,
+        factor=factor,
+        level=zero,
+        scalar_deviation=zero,
+        factor_deviation=zero,
+        level_deviation=zero,
+        agreeing=jnp.zeros(label.shape, bool),
+        label=label,
+        label_deviation=deviation,
+        deviation_without_one=deviation,
+        surprise=zero,
+        informative=none,
+        levels=none,
+        fits=jnp.ones((), bool),
+        misfit=jnp.full((), jnp.nan),
+    )
+
+
+def _refuted(
+    reading: Reading, outcome: Outcome, asked: Asked, out_of_range: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """() int32 `Assumption` flags of what the gradient contradicts, and () bool, whether that leaves nothing to tell."""
+    left = reading.equation.left
+    noise = TOLERANCE * jnp.sqrt(jnp.sum(reading.equation.left_deviation**2))
+    unbalanced = jnp.abs(jnp.sum(left)) > noise + UNBALANCED * jnp.sum(jnp.abs(left))
+    empty = jnp.any(left == 0) & unbalanced
+    unexplained = ~outcome.unique
+    one_size = reading.one_size & (unbalanced | ~reading.is_rounding)
+    beyond = (reading.leftover.stands_out | reading.leftover.rows_alike) & ~reading.is_rounding
+    deleted = (reading.leftover.deleted & ~reading.is_rounding) | (empty & unexplained)
+    several = beyond & ~reading.leftover.deleted & ~one_size
+    if asked.approximate:
+        several = jnp.zeros_like(several)
+    sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
+    found_other = outcome.unique & ~sigmoids
+    weighted = _is_one_of(outcome.loss, (Loss.WEIGHTED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
+    tempered = _is_one_of(outcome.loss, (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
+    flags = {
+        Assumption.SOFTMAX: unbalanced & ~empty | (sigmoids & outcome.unique),
+        Assumption.LABEL_RANGE: out_of_range & unexplained & ~unbalanced,
+        Assumption.LOSS: tempered & found_other,
+        Assumption.SCALE: weighted & found_other & asked.told_scale,
+        Assumption.ONE_EXAMPLE: several,
+        Assumption.GRADIENT: one_size,
+        Assumption.ALL_ENTRIES: deleted & ~one_size,
+    }
+    codes = sum(jnp.where(held, jnp.int32(flag), jnp.int32(0)) for flag, held in flags.items())
+    nothing_left = several | one_size | deleted | (unexplained & (unbalanced | out_of_range))
+    if asked.is_published:
+        return jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    return jnp.where(reading.has_signal, codes, jnp.int32(0)), nothing_left & reading.has_signal
+
+
+def unexplained_outcome(equation: ScalarEquation, count: int, unknowns: Unknowns, loss: Loss) -> Outcome:
+    """Nothing was found, or there are too few classes for anything to be."""
+    classes = equation.left.size
+    unknown, row = jnp.full((count,), jnp.nan), jnp.full((count, classes), jnp.nan)
+    no, none = jnp.zeros((count,), bool), jnp.zeros((count,), jnp.int32)
+    found = Consensus(
+        scalar=unknown,
+        factor=unknown,
+        level=unknown,
+        scalar_deviation=unknown,
+        factor_deviation=unknown,
+        level_deviation=unknown,
+        agreeing=jnp.zeros((count, classes), bool),
+        label=row,
+        label_deviation=row,
+        deviation_without_one=row,
+        surprise=jnp.full((count,), -jnp.inf),
+        informative=none,
+        levels=none,
+        fits=no,
+        misfit=unknown,
+    )
+    explanations = Explanations(found, jnp.zeros((), bool), jnp.zeros((classes,)))
+    free = jnp.asarray(unknowns.scalar), jnp.asarray(unknowns.scale)
+    return Outcome(explanations, no, *free, jnp.int32(loss), jnp.zeros((), bool))
+
+
+def _verdict(reading: Reading, finding: _Finding) -> jax.Array:
+    verdict = jnp.where(finding.ambiguous, jnp.int32(Verdict.AMBIGUOUS), jnp.int32(Verdict.UNIDENTIFIABLE))
+    verdict = jnp.where(finding.conditional, jnp.int32(Verdict.CONDITIONAL), verdict)
+    verdict = jnp.where(finding.unique, jnp.int32(Verdict.UNIQUE), verdict)
+    verdict = jnp.where(finding.dismissed, jnp.int32(Verdict.REFUTED), verdict)
+    return jnp.where(reading.has_signal, verdict, jnp.int32(Verdict.NO_SIGNAL))
+
+
+def _told_label(finding: _Finding, outcome: Outcome) -> jax.Array:
+    best = finding.best
+    shaped = structured_label(best.label, best.label_deviation, best.agreeing, best.level)
+    as_it_is = ~finding.structured | _is_one_of(outcome.loss, SIGMOIDS)
+    return jnp.where(as_it_is, best.label, shaped)
+
+
+def _scale(best: Consensus, outcome: Outcome, asked: Asked) -> jax.Array:
+    """The factor between the observed gradient and dL/dW; of sigmoids, dL/dW of the mean over the outputs."""
+    sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
+    classes = jnp.where(sigmoids, 1.0 * best.label.size, 1.0)
+    free = 1 / (best.factor * best.scalar) * classes
+    if not asked.told_scale:
+        return free
+    # Where lambda is free and kappa follows from it, the scale is the one told.
+    return jnp.where(outcome.scale, free, jnp.ones(()))
+
+
+def _format(
+    reading: Reading, finding: _Finding, label: jax.Array, recovered: jax.Array, outcome: Outcome
+) -> LabelFormat:
+    best = finding.best
+    smoothed = best.level > TOLERANCE * best.level_deviation
+    shaped = read_format(label, best.agreeing, smoothed)
+    sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
+    several = sigmoids & (shaped.count != 1)
+    shaped = replace(shaped, kind=jnp.where(several, jnp.int32(LabelKind.MULTI_LABEL), shaped.kind))
+    dense = LabelFormat(
+        kind=jnp.int32(LabelKind.DENSE),
+        classes=jnp.full_like(shaped.classes, -1),
+        weights=jnp.zeros_like(shaped.weights),
+        count=jnp.int32(label.size),
+        smoothing=jnp.zeros(()),
+    )
+    told = jax.tree.map(lambda a, b: jnp.where(finding.structured, a, b), shaped, dense)
+    unknown = LabelFormat(
+        kind=jnp.int32(LabelKind.UNKNOWN),
+        classes=jnp.full_like(shaped.classes, -1),
+        weights=jnp.full_like(shaped.weights, jnp.nan),
+        count=jnp.int32(0),
+        smoothing=jnp.full((), jnp.nan),
+    )
+    # Of signs the class is left: the one row that points the other way.
+    hinted = reading.one_size & (reading.hinted_class >= 0)
+    first = jnp.arange(shaped.classes.size, dtype=jnp.int32) == 0
+    unknown = replace(unknown, classes=jnp.where(hinted & first, reading.hinted_class, unknown.classes))
+    return jax.tree.map(lambda a, b: jnp.where(recovered, a, b), told, unknown)
+
+
+def _evidence(reading: Reading, finding: _Finding, label: jax.Array, recovered: jax.Array) -> Evidence:
+    equation, best = reading.equation, finding.best
+    expected = (finding.prediction - label) / best.factor
+    square = jnp.sum(equation.left**2)
+    mismatch = jnp.sqrt(jnp.sum((equation.left - expected) ** 2) / jnp.where(square == 0, 1.0, square))
+    return Evidence(
+        agreeing=jnp.sum(best.agreeing).astype(jnp.int32),
+        informative=best.informative,
+        distinct_logits=best.levels,
+        surprise=best.surprise,
+        misfit=best.misfit,
+        scalar_deviation=best.scalar_deviation,
+        label_deviation=best.label_deviation,
+        rank_one_residual=reading.residual,
+        is_noiseless=reading.is_rounding,
+        residual=jnp.where(recovered, jnp.hypot(mismatch, reading.residual), jnp.nan),
+    )
+
+
+def _assumptions(reading: Reading, finding: _Finding, outcome: Outcome, verdict: jax.Array) -> Assumptions:
+    told = verdict >= Verdict.AMBIGUOUS
+    in_closed_form = jnp.int32(Assumption.LOSS | Assumption.SCALE | Assumption.PARAMETERS)
+    rests_on = jnp.where(finding.structured, jnp.int32(Assumption.LOSS), in_closed_form)
+    tempered = _is_one_of(outcome.loss, (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
+    temperature = jnp.where(tempered, reading.equation.known_scalar / finding.best.scalar, 1.0)
+    several = (finding.refuted & jnp.int32(Assumption.ONE_EXAMPLE)) != 0
+    return Assumptions(
+        loss=jnp.where(told, outcome.loss, jnp.int32(Loss.UNKNOWN)),
+        temperature=jnp.where(told, temperature, jnp.nan),
+        refuted=finding.refuted,
+        rests_on=jnp.where(verdict == Verdict.CONDITIONAL, rests_on, jnp.int32(0)),
+        # Several are counted where the whole gradient is at hand.
+        examples=jnp.where(several | (verdict == Verdict.NO_SIGNAL), jnp.int32(0), jnp.int32(1)),
+    )

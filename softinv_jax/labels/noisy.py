@@ -1,0 +1,68 @@
+"""Under noise: the likeliest of what consensus and the weighted variance loss suggest."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from softinv_jax.float64 import argmin
+from softinv_jax.labels.consensus import Consensus
+from softinv_jax.labels.explanations import Explanations
+from softinv_jax.labels.likelihood import fit_likelihood, trimmed_starts
+from softinv_jax.labels.polishing import polish_consensus
+from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
+
+__all__ = ["explain_by_likelihood"]
+
+LIKELIHOOD_STARTS = 4
+
+
+def explain_by_likelihood(
+    equation: ScalarEquation,
+    direction_covariance: jax.Array,
+    factor_variance: jax.Array,
+    polished: Consensus,
+    unknowns: Unknowns,
+) -> Explanations:
+    """Maximum likelihood from the best hypotheses and from the weighted variance loss."""
+    trimmed = trimmed_starts(equation, unknowns, LIKELIHOOD_STARTS)
+    starts = [
+        jnp.concatenate([best[:LIKELIHOOD_STARTS], other])
+        for best, other in zip((polished.scalar, polished.factor, polished.agreeing), trimmed, strict=True)
+    ]
+    fits = jax.vmap(
+        lambda scalar, factor, agreeing: fit_likelihood(
+            equation, direction_covariance, factor_variance, scalar, factor, agreeing, unknowns
+        )
+    )(*starts)
+    best = argmin(fits.cost)
+    fit = jax.tree.map(lambda leaf: leaf[best], fits)
+    level = jnp.sum(jnp.where(fit.agreeing, fit.label, 0.0)) / jnp.maximum(jnp.sum(fit.agreeing), 1)
+    described = polish_consensus(
+        equation,
+        fit.scalar,
+        fit.factor,
+        level,
+        jnp.where(fit.agreeing, jnp.inf, -jnp.inf),  # The fit has chosen the classes.
+        unknowns,
+        steps=0,
+    )
+    reach = TOLERANCE * fit.label_deviation
+    valid = (fit.label >= -2 * reach) & (fit.label <= 1 + 2 * reach) & (reach <= 0.5)
+    fits = jnp.all(valid) & (fit.misfit <= (TOLERANCE / 2) ** 2)
+    described = replace(
+        described,
+        fits=fits,
+        surprise=jnp.where(fits, described.surprise, jnp.minimum(described.surprise, 0.0)),
+        level=level,
+        level_deviation=fit.level_deviation,
+        label=fit.label,
+        label_deviation=fit.label_deviation,
+        deviation_without_one=jnp.hypot(fit.label_deviation, described.deviation_without_one),
+        scalar_deviation=fit.scalar_deviation,
+        misfit=fit.misfit,
+    )
+    none = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described)
+    none = replace(none, fits=jnp.zeros_like(described.fits), surprise=jnp.full_like(described.surprise, -jnp.inf))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), described, none, none)
+    return Explanations(stacked, jnp.asarray(False), fit.feature_pull)

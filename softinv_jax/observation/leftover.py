@@ -1,0 +1,249 @@
+"""What a gradient holds beyond one outer product: noise, a second example, or entries that were taken out.
+
+Noise of one size in each row has singular values up to sqrt(C) + sqrt(d) once each row is divided by that size; a
+second example puts all of it into one, which is up to sqrt(C d). Deleted entries leave zeros where the outer product
+has none, and an error there alone.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.float64 import sort
+from softinv_jax.linear_algebra import orthonormal_columns
+
+__all__ = ["Leftover", "count_examples", "describe_leftover", "is_one_size"]
+
+POWER_STEPS = 16
+BEYOND_SPREAD = 6.0
+BY_ACCIDENT = 16.0  # Nats: one in ten million.
+FEW_DIGITS = 2.0**-13
+# Gaussian matrices exceed their edge by t with probability exp(-t^2 / 2): one in a hundred thousand.
+BEYOND_EDGE = 4.8
+# Root mean square error of the entries that are zero, over that of all others: noise does not care which is which.
+TELLTALE_ZEROS = 4.0
+# Squared mean of the sizes over their mean square: 1 where all are equal, 0.64 for Gaussian entries.
+ONE_SIZE = 0.98
+COUNTED = 32
+SUBSPACE_STEPS = 12
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Leftover:
+    """All ().
+
+    Attributes:
+      stands_out: bool, one singular value of it is more than noise of one size a row has.
+      rows_alike: bool, its rows resemble or cancel each other more than those of noise: examples, none of which need
+        stand out.
+      deleted: bool, entries are zero that the outer product has elsewhere than at zero.
+      bias_excess: float64, root mean square of the bias's column of it, over that of all columns, at least 1.
+    """
+
+    stands_out: jax.Array
+    rows_alike: jax.Array
+    deleted: jax.Array
+    bias_excess: jax.Array
+
+
+def describe_leftover(
+    gradient: jax.Array,
+    left: jax.Array,
+    right: jax.Array,
+    relative_rounding: jax.Array,
+    noise: jax.Array | None,
+    *,
+    has_bias: bool,
+) -> Leftover:
+    """What is left of G beyond u v^T.
+
+    Args:
+      gradient: (C, d) float64. left, right: u (C,) and v (d,), |v| = 1.
+      relative_rounding: () largest relative error that each entry was rounded with.
+      noise: (C,) deviation per entry that noise on each row is known to have, or None.
+      has_bias: static; the last column is the gradient of a bias.
+    """
+    expected = left[:, None] * right[None, :]
+    error = gradient - expected
+    rows, columns = gradient.shape
+    whitened, axis = _whitened(error, left)
+    edge = np.sqrt(rows) + np.sqrt(columns) + BEYOND_EDGE
+    beyond_digits = ~_is_rounding_to_digits(gradient, expected, error, relative_rounding)
+    stands_out = (_largest_singular_value(whitened) > edge) & beyond_digits
+    alike = (_rows_alike(whitened, axis) | _adds_up_to_zero(error)) & beyond_digits
+    if noise is not None:  # What is known to be there is no example.
+        told = jnp.where(noise[:, None] > 0, error / jnp.where(noise > 0, noise, 1.0)[:, None], jnp.inf)
+        beyond = _largest_singular_value(told) > edge
+        stands_out, alike = stands_out & beyond, alike & (beyond | _adds_up_to_zero(error))
+    column_square = jnp.mean(whitened**2, axis=0)
+    usual = jnp.mean(column_square)
+    bias_excess = jnp.sqrt(column_square[-1] / jnp.where(usual > 0, usual, 1.0)) if has_bias else jnp.ones(())
+    return Leftover(
+        stands_out=stands_out,
+        rows_alike=alike,
+        deleted=_deleted(gradient, expected, error),
+        bias_excess=jnp.maximum(bias_excess, 1.0),
+    )
+
+
+def _is_rounding_to_digits(
+    gradient: jax.Array, expected: jax.Array, error: jax.Array, relative_rounding: jax.Array
+) -> jax.Array:
+    """() bool: the entries have the few binary digits of half precision, and err by no more than such rounding.
+
+    These errors go with the entry: they have no one size in a row. Entries below the format's normal numbers err by
+    half of the smallest step, which is no larger than the smallest entry.
+    """
+    size = jnp.abs(gradient)
+    step = jnp.min(jnp.where(size > 0, size, jnp.inf))
+    rounding = relative_rounding * jnp.abs(expected) + jnp.where(jnp.isfinite(step), step, 0.0) / 2
+    row = jnp.sqrt(jnp.mean(error**2, axis=1))
+    own = jnp.sqrt(jnp.mean(rounding**2, axis=1))
+    return (relative_rounding > FEW_DIGITS) & jnp.all(row <= 2 * own)
+
+
+def _whitened(error: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is left, each row divided by the size of its noise and all of them freed of what u took away; and that axis.
+
+    E = N - u (u^T N) / |u|^2 of noise N: divided by its sizes s, E lacks the part of N / s along u and has another one
+    along u / s instead. Projected off u / s it is noise of deviation 1, projected off one axis. s is adjusted until it
+    is.
+    """
+    columns = error.shape[1]
+
+    def project(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        safe = jnp.where(size > 0, size, 1.0)
+        axis = jnp.where(size > 0, left / safe, 0.0)
+        axis = axis / jnp.maximum(jnp.sqrt(jnp.sum(axis**2)), 1e-300)
+        divided = jnp.where((size > 0)[:, None], error / safe[:, None], 0.0)
+        return divided - axis[:, None] * (axis @ divided)[None, :], axis
+
+    def adjust(_: int, size: jax.Array) -> jax.Array:
+        divided, axis = project(size)
+        square = jnp.sum(divided**2, axis=1) / max(columns - 1, 1)
+        return size * jnp.clip(jnp.sqrt(square / jnp.maximum(1 - axis**2, 0.05)), 0.25, 4.0)
+
+    row = jnp.sum(error**2, axis=1) / max(columns - 1, 1)
+    pooled = jnp.sum(row) / max(left.size - 1, 1)
+    square = jnp.sum(left**2)
+    start = jnp.sqrt(row + pooled * left**2 / jnp.where(square > 0, square, 1.0))
+    return project(jax.lax.fori_loop(0, 8, adjust, start))
+
+
+def _rows_alike(whitened: jax.Array, axis: jax.Array) -> jax.Array:
+    """() bool: the squared inner products of the rows add up to more than those of independent noise.
+
+    Noise projected off one axis has rows of covariance S = 1 - axis axis^T, and its Gram matrix K has
+    E tr K^2 = d (d + 1) tr S^2 + d (tr S)^2 (second moment of the Wishart distribution). d is the number of columns
+    that share the noise: fewer where some have most of it.
+    """
+    rows = axis.size
+    share = jnp.sum(whitened**2, axis=0)
+    square, total = jnp.sum(share**2), jnp.sum(share)
+    columns = total**2 / jnp.where(square > 0, square, 1.0)
+    # As much in all as so many columns of deviation 1 hold.
+    unit = whitened * jnp.sqrt(columns * max(rows - 1, 1) / jnp.where(total > 0, total, 1.0))
+    gram = unit @ unit.T
+    expected = columns * (columns + 1) * (rows - 1) + columns * (rows - 1) ** 2
+    spread = 2 * columns * np.sqrt(rows * max(rows - 1, 1))
+    return jnp.sum(gram**2) - expected > BEYOND_SPREAD * spread
+
+
+def _adds_up_to_zero(error: jax.Array) -> jax.Array:
+    """() bool: the rows cancel far better than those of noise ever would, as dL/dz of every softmax example does.
+
+    u adds up to zero itself, so that taking its part out leaves the sum of the noise as it was: over all of its squares,
+    chi-square of d degrees of freedom over d. Chernoff's bound on a share r of it is (d / 2) (r - 1 - log r) nats.
+    """
+    total = jnp.sum(error**2)
+    share = jnp.sum(error**2, axis=0)
+    square = jnp.sum(share**2)
+    columns = jnp.sum(share) ** 2 / jnp.where(square > 0, square, 1.0)
+    ratio = jnp.sum(jnp.sum(error, axis=0) ** 2) / jnp.where(total > 0, total, 1.0)
+    safe = jnp.clip(ratio, 1e-300, 1.0)
+    return (total > 0) & (columns / 2 * (safe - 1 - jnp.log(safe)) > BY_ACCIDENT)
+
+
+def _largest_singular_value(matrix: jax.Array) -> jax.Array:
+    """() by power iteration from the strongest row: never too large."""
+    strongest = jnp.sum(matrix**2, axis=1)
+    start = jnp.sum(jnp.where((strongest == jnp.max(strongest))[:, None], matrix, 0.0), axis=0)
+
+    def iterate(_: int, right: jax.Array) -> jax.Array:
+        right = (matrix @ right) @ matrix
+        return right / jnp.maximum(jnp.sqrt(jnp.sum(right**2)), 1e-300)
+
+    right = jax.lax.fori_loop(0, POWER_STEPS, iterate, start)
+    return jnp.sqrt(jnp.sum((matrix @ right) ** 2))
+
+
+def _deleted(gradient: jax.Array, expected: jax.Array, error: jax.Array) -> jax.Array:
+    """() bool: the entries that are zero, in rows and columns that are not, err far more than the others."""
+    is_zero = gradient == 0
+    empty = jnp.all(is_zero, axis=1, keepdims=True) | jnp.all(is_zero, axis=0, keepdims=True)
+    zeros, others = is_zero & ~empty, ~is_zero
+    at_zeros = jnp.sum(jnp.where(zeros, expected**2, 0.0)) / jnp.maximum(jnp.sum(zeros), 1)
+    elsewhere = jnp.sum(jnp.where(others, error**2, 0.0)) / jnp.maximum(jnp.sum(others), 1)
+    return (jnp.sum(zeros) >= 3) & (at_zeros > TELLTALE_ZEROS**2 * elsewhere)
+
+
+def is_one_size(gradient: jax.Array) -> jax.Array:
+    """() bool: nearly all entries that are not zero have one size, as Adam's first step and sign descent leave them.
+
+    Args:
+      gradient: (C, d) float64.
+    """
+    size = jnp.abs(gradient)
+    count = jnp.maximum(jnp.sum(size > 0), 1)
+    largest = jnp.maximum(jnp.max(size), 1e-300)
+    relative = size / largest
+    mean, square = jnp.sum(relative) / count, jnp.sum(relative**2) / count
+    return (jnp.sum(size > 0) >= 32) & (mean**2 > ONE_SIZE * square)
+
+
+def count_examples(gradient: jax.Array, relative_rounding: jax.Array) -> jax.Array:
+    """() int32 numerical rank of a gradient, at most `COUNTED`: how many examples stand out of the noise.
+
+    By subspace iteration; two readings of what is noise, as `batches.subspace` has them: rounding in proportion to each
+    row, with a clear gap, or else noise of one size on all entries.
+
+    Args:
+      gradient: (C, d) float64. relative_rounding: () of its entries.
+    """
+    rows, columns = gradient.shape
+    size = jnp.sqrt(jnp.mean(gradient**2, axis=1, keepdims=True))
+    whitened = jnp.where(size > 0, gradient / jnp.where(size > 0, size, 1.0), 0.0)
+    edge = np.sqrt(rows) + np.sqrt(columns)
+    values = _leading_singular_values(whitened)
+    floor = 30 * edge * relative_rounding / np.sqrt(3)
+    above = jnp.sum(values > floor, dtype=jnp.int32)
+    below = jnp.max(jnp.where(values <= floor, values, 0.0))
+    last = jnp.min(jnp.where(values > floor, values, jnp.inf))
+    clear = (above < values.size) & (last >= 30 * below)
+
+    plain = _leading_singular_values(gradient)
+    tail = jnp.maximum(jnp.sum(gradient**2) - jnp.cumsum(plain**2), 0.0)
+    ranks = np.arange(1, plain.size + 1)
+    sigma = jnp.sqrt(tail / np.maximum((rows - ranks) * (columns - ranks), 1))
+    following = jnp.append(plain[1:], 0.0)
+    noise_edge = sigma * edge
+    is_rank = (following <= 1.2 * noise_edge) & (plain > 2 * noise_edge)
+    positions = jnp.arange(1, plain.size + 1, dtype=jnp.int32)
+    noisy = jnp.min(jnp.where(is_rank, positions, jnp.int32(plain.size)))
+    return jnp.where(clear, above, noisy)
+
+
+def _leading_singular_values(matrix: jax.Array) -> jax.Array:
+    """The largest singular values, falling: at most COUNTED. Powers of a start that is fixed by the shape."""
+    rows, columns = matrix.shape
+    count = min(rows, columns, COUNTED)
+    start = np.random.default_rng(columns).choice(np.array([-1.0, 1.0]), (columns, count))
+    right = orthonormal_columns(jnp.asarray(start))[0]
+    right = jax.lax.fori_loop(0, SUBSPACE_STEPS, lambda _, basis: orthonormal_columns(matrix.T @ (matrix @ basis))[0], right)
+    values = jnp.sqrt(jnp.sum((matrix @ right) ** 2, axis=0))
+    return sort(values)[::-1]
+
+
