@@ -142,7 +142,7 @@ def stage_microseconds(weight: np.ndarray, gradients: np.ndarray) -> dict[str, f
         right = factors.right.astype(jnp.float64) / factors.right_norm
         norm, roundoff = jnp.sqrt(jnp.sum(direction_of**2, axis=1)), jnp.asarray(6e-8)
         return ScalarEquation(
-            direction_of @ right, zeros, factors.left, zeros, zeros, norm, roundoff, jnp.asarray(jnp.nan)
+            direction_of @ right, zeros, factors.left, zeros, zeros, norm, roundoff, zeros[0], jnp.asarray(jnp.nan)
         )
 
     def scores(gradient: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.consensus import Consensus
-from softinv_jax.labels.explanations import SHARP_LABEL, Explanations
+from softinv_jax.labels.explanations import SHARP_LABEL, Explanations, is_unbalanced, rows_cancel
 from softinv_jax.labels.label_format import read_format, structured_label
 from softinv_jax.labels.losses import Outcome
 from softinv_jax.labels.reading import Reading
@@ -18,6 +18,7 @@ from softinv_jax.labels.scalar_equation import (
     Unknowns,
     label_deviation,
     probabilities,
+    with_client_error,
 )
 from softinv_jax.labels.verdicts import (
     Assumptions,
@@ -32,8 +33,8 @@ from softinv_jax.labels.verdicts import (
 
 __all__ = ["Asked", "conclude", "unexplained_outcome"]
 
-# Sums of rows beyond this share of the whole are no rounding of a client that is unsure to a hundredth.
-UNBALANCED = 1e-3
+# Beyond what TF32 does to logits of size 10, or bfloat16 to those of size 1.
+LARGE_LOGIT_ERROR = 2.0**-8
 SIGMOIDS = (Loss.BINARY_CROSS_ENTROPY, Loss.WEIGHTED_BINARY_CROSS_ENTROPY)
 
 
@@ -42,13 +43,15 @@ class Asked(NamedTuple):
 
     Attributes:
       has_bias, told_scale: of the observation. is_published: the method is a published baseline's, which shows nothing
-        but its own answer. approximate: the gradient stands for one that was not observed exactly.
+        but its own answer. approximate: the gradient stands for one that was not observed exactly. is_softmax: the loss
+      may be one.
     """
 
     has_bias: bool
     told_scale: bool
     is_published: bool
     approximate: bool
+    is_softmax: bool
 
 
 class _Finding(NamedTuple):
@@ -118,56 +121,82 @@ def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:
     """Whether the explanation is told, and what of the assumptions does not hold."""
     found = outcome.explanations.found
     best: Consensus = jax.tree.map(lambda leaf: leaf[0], found)
-    equation, structured = reading.equation, outcome.listed[0]
+    structured = outcome.listed[0]
     sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
-    # A feature beyond the range of the result's dtype was no client's, and could not be reported.
-    possible = jnp.abs(best.scalar) <= reading.longest
     ambiguous, unique, conditional = jnp.any(outcome.listed), outcome.unique, jnp.zeros((), bool)
     if asked.is_published:
-        possible, structured, ambiguous, unique = jnp.ones((), bool), *(jnp.asarray(x) for x in (True, True, False))
-    out_of_range = jnp.zeros((), bool)
+        structured, ambiguous, unique = (jnp.asarray(flag) for flag in (True, True, False))
+    contradicted = jnp.zeros((), bool)
     if asked.has_bias and asked.told_scale and not asked.is_published:
-        plain = _closed_form(reading, sigmoids)
-        reach = TOLERANCE * plain.label_deviation
-        out_of_range = jnp.any((plain.label < -reach) | (plain.label > 1 + reach))
-        told = ~outcome.scale & ~outcome.scalar | sigmoids
-        conditional = ~unique & ~structured & ~out_of_range & told & jnp.all(jnp.isfinite(plain.label))
-        # Beyond that, lambda could be anything.
-        vague = TOLERANCE * jnp.abs(equation.known_scalar) * jnp.sqrt(reading.feature_variance) > 1
-        conditional = conditional & ~vague
-        sharp = jnp.max(reach) <= SHARP_LABEL
-        best = jax.tree.map(lambda a, b: jnp.where(conditional, a, b), plain, best)
-        ambiguous = (ambiguous & ~vague) | (conditional & ~sharp)
-        conditional = conditional & sharp
-    # Two free numbers bend a softmax into the gradients of other losses (squared error, for one) nearly enough.
-    supple = unique & outcome.scalar & outcome.scale if asked.has_bias else jnp.zeros((), bool)
+        plain, closed, contradicted = _closed_form(reading, outcome, sigmoids)
+        told = (~outcome.scale & ~outcome.scalar) | sigmoids
+        conditional = ~unique & told & closed & ~contradicted
+        best = jax.tree.map(lambda a, b: jnp.where(conditional & ~structured, a, b), plain, best)
+        sharp = TOLERANCE * jnp.max(best.label_deviation) <= SHARP_LABEL
+        ambiguous, conditional = (ambiguous & closed) | (conditional & ~sharp), conditional & sharp
+    supple = unique & _is_supple(best, outcome, asked, reading.leftover.few_digits & ~reading.is_rounding)
     unique, conditional = unique & ~supple, conditional | supple
-    refuted, dismissed = _refuted(reading, outcome, asked, out_of_range)
-    prediction = probabilities(equation, best.scalar)
-    prediction = jnp.where(sigmoids, jax.nn.sigmoid(best.scalar * equation.direction + equation.offset), prediction)
-    sure = ~dismissed & possible & reading.has_signal
+    refuted, dismissed = _refuted(reading, outcome, asked, contradicted)
+    prediction = probabilities(reading.equation, best.scalar)
+    logits = best.scalar * reading.equation.direction + reading.equation.offset
+    prediction = jnp.where(sigmoids, jax.nn.sigmoid(logits), prediction)
+    # A feature beyond the range of the result's dtype was no client's, and could not be reported.
+    possible = jnp.abs(best.scalar) <= reading.longest
+    sure = ~dismissed & reading.has_signal & (possible | asked.is_published)
     if asked.approximate:
-        unique, conditional, ambiguous = (jnp.zeros((), bool),) * 2 + (ambiguous | unique | conditional,)
+        ambiguous = ambiguous | unique | conditional
+        unique = conditional = jnp.zeros((), bool)
     return _Finding(
         best, prediction, structured, conditional & sure, unique & sure, ambiguous & sure, refuted, dismissed
     )
+
+
+def _is_supple(best: Consensus, outcome: Outcome, asked: Asked, few_digits: jax.Array) -> jax.Array:
+    """() bool: the loss that was found has so much freedom that others have nearly the same gradients.
+
+    A factor that nobody told, or logits that err, of a label that is not zero outside its classes: focal loss with
+    smoothing. A factor and a temperature: squared error, for one. (Where a label is zero, kappa u is p whatever the
+    factor.)
+    """
+    smoothed = jnp.abs(best.level) > TOLERANCE * best.level_deviation
+    found_factor = outcome.scale & smoothed if asked.told_scale else jnp.zeros((), bool)
+    found_factor = found_factor | ((outcome.logit_error > LARGE_LOGIT_ERROR) & outcome.scalar & smoothed)
+    # Arithmetic in half precision bends the equation as another loss would.
+    found_factor = found_factor | (few_digits & (outcome.loss != Loss.CROSS_ENTROPY))
+    both = outcome.scalar & outcome.scale if asked.has_bias else jnp.zeros((), bool)
+    return (found_factor | both) & ~_is_one_of(outcome.loss, SIGMOIDS)
 
 
 def _is_one_of(loss: jax.Array, losses: tuple[Loss, ...]) -> jax.Array:
     return jnp.any(jnp.stack([loss == one for one in losses]))
 
 
-def _closed_form(reading: Reading, sigmoids: jax.Array) -> Consensus:
-    """y = p - kappa u as it is, and how exactly: lambda is known, and the label has no structure to lean on."""
-    equation = reading.equation
+def _closed_form(reading: Reading, outcome: Outcome, sigmoids: jax.Array) -> tuple[Consensus, jax.Array, jax.Array]:
+    """y = p - kappa u as it is, and how exactly: lambda is known, and the label has no structure to lean on.
+
+    Returns:
+      The label; () bool, whether it means anything; and () bool, whether it cannot be a label: entries outside [0, 1],
+      or a sum that is not 1.
+    """
+    equation = with_client_error(reading.equation, outcome.logit_error)
     scalar = equation.known_scalar
     logits = scalar * equation.direction + equation.offset
     prediction = jnp.where(sigmoids, jax.nn.sigmoid(logits), jax.nn.softmax(logits))
     factor = jnp.where(sigmoids, 1.0 * equation.left.size, 1.0) / scalar
     label = prediction - factor * equation.left
-    deviation = label_deviation(equation, scalar, factor, prediction, label)
+    own = label_deviation(equation, scalar, factor, prediction, label)
     # An error of v reaches the label through p, which `direction_deviation` holds, and through kappa.
-    deviation = jnp.sqrt(deviation**2 + reading.factor_variance * (factor * scalar * equation.left) ** 2)
+    deviation = jnp.sqrt(own**2 + reading.factor_variance * (factor * scalar * equation.left) ** 2)
+    plain = _unstructured(scalar, factor, label, deviation)
+    reach = TOLERANCE * deviation
+    contradicted = jnp.any((label < -reach) | (label > 1 + reach)) & ~outcome.listed[0]
+    contradicted = contradicted | (~rows_cancel(equation, plain, own) & ~sigmoids)
+    # Beyond that, lambda could be anything.
+    vague = TOLERANCE * jnp.abs(scalar) * jnp.sqrt(reading.factor_variance) > 1
+    return plain, ~vague & jnp.all(jnp.isfinite(label)), contradicted
+
+
+def _unstructured(scalar: jax.Array, factor: jax.Array, label: jax.Array, deviation: jax.Array) -> Consensus:
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
     return Consensus(
         scalar=scalar,
@@ -188,15 +217,12 @@ def _closed_form(reading: Reading, sigmoids: jax.Array) -> Consensus:
     )
 
 
-def _refuted(
-    reading: Reading, outcome: Outcome, asked: Asked, out_of_range: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """() int32 `Assumption` flags of what the gradient contradicts, and () bool, whether that leaves nothing to tell."""
+def _refuted(reading: Reading, outcome: Outcome, asked: Asked, contradicted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """() int32 `Assumption` flags of what the gradient contradicts; () bool, whether that leaves nothing to tell."""
     left = reading.equation.left
-    noise = TOLERANCE * jnp.sqrt(jnp.sum(reading.equation.left_deviation**2))
-    unbalanced = jnp.abs(jnp.sum(left)) > noise + UNBALANCED * jnp.sum(jnp.abs(left))
-    empty = jnp.any(left == 0) & unbalanced
+    unbalanced = is_unbalanced(reading.equation) & asked.is_softmax
     unexplained = ~outcome.unique
+    empty = jnp.any(left == 0) & (unbalanced | contradicted)
     one_size = reading.one_size & (unbalanced | ~reading.is_rounding)
     beyond = (reading.leftover.stands_out | reading.leftover.rows_alike) & ~reading.is_rounding
     deleted = (reading.leftover.deleted & ~reading.is_rounding) | (empty & unexplained)
@@ -209,15 +235,16 @@ def _refuted(
     tempered = _is_one_of(outcome.loss, (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
     flags = {
         Assumption.SOFTMAX: unbalanced & ~empty | (sigmoids & outcome.unique),
-        Assumption.LABEL_RANGE: out_of_range & unexplained & ~unbalanced,
+        Assumption.LABEL_RANGE: contradicted & unexplained & ~unbalanced & ~empty,
         Assumption.LOSS: tempered & found_other,
         Assumption.SCALE: weighted & found_other & asked.told_scale,
+        Assumption.PARAMETERS: (outcome.logit_error > 0) & outcome.listed[0],
         Assumption.ONE_EXAMPLE: several,
         Assumption.GRADIENT: one_size,
         Assumption.ALL_ENTRIES: deleted & ~one_size,
     }
     codes = sum(jnp.where(held, jnp.int32(flag), jnp.int32(0)) for flag, held in flags.items())
-    nothing_left = several | one_size | deleted | (unexplained & (unbalanced | out_of_range))
+    nothing_left = several | one_size | deleted | (unexplained & (unbalanced | contradicted))
     if asked.is_published:
         return jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     return jnp.where(reading.has_signal, codes, jnp.int32(0)), nothing_left & reading.has_signal
@@ -245,9 +272,9 @@ def unexplained_outcome(equation: ScalarEquation, count: int, unknowns: Unknowns
         fits=no,
         misfit=unknown,
     )
-    explanations = Explanations(found, jnp.zeros((), bool), jnp.zeros((classes,)))
+    explanations = Explanations(found, jnp.zeros((), bool), jnp.zeros((classes,)), jnp.asarray(jnp.inf))
     free = jnp.asarray(unknowns.scalar), jnp.asarray(unknowns.scale)
-    return Outcome(explanations, no, *free, jnp.int32(loss), jnp.zeros((), bool))
+    return Outcome(explanations, no, *free, jnp.int32(loss), jnp.zeros((), bool), jnp.zeros(()))
 
 
 def _verdict(reading: Reading, finding: _Finding) -> jax.Array:
@@ -336,6 +363,7 @@ def _assumptions(reading: Reading, finding: _Finding, outcome: Outcome, verdict:
     return Assumptions(
         loss=jnp.where(told, outcome.loss, jnp.int32(Loss.UNKNOWN)),
         temperature=jnp.where(told, temperature, jnp.nan),
+        logit_error=jnp.where(told, outcome.logit_error, jnp.nan),
         refuted=finding.refuted,
         rests_on=jnp.where(verdict == Verdict.CONDITIONAL, rests_on, jnp.int32(0)),
         # Several are counted where the whole gradient is at hand.

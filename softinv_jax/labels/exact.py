@@ -28,7 +28,7 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns) -> Explan
       equation: the scalar equation. unknowns: static.
     """
     polished, exhaustive = _polish_best(equation, unknowns, thorough=False)
-    return Explanations(distinct(polished, 2), exhaustive, None)
+    return Explanations(distinct(polished, 2), exhaustive, None, jnp.asarray(jnp.inf))
 
 
 def explain_thoroughly(reading: Reading, unknowns: Unknowns) -> Explanations:
@@ -44,7 +44,7 @@ def explain_thoroughly(reading: Reading, unknowns: Unknowns) -> Explanations:
     factor_variance = jnp.where(free, 0.0, reading.factor_variance)
     return jax.lax.cond(
         reading.is_rounding,
-        lambda: Explanations(distinct(polished, LISTED), exhaustive, no_pull),
+        lambda: Explanations(distinct(polished, LISTED), exhaustive, no_pull, jnp.asarray(jnp.inf)),
         lambda: explain_by_likelihood(equation, reading.direction_covariance, factor_variance, polished, unknowns),
     )
 

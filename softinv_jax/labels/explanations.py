@@ -18,6 +18,7 @@ __all__ = [
     "Explanations",
     "certainty",
     "distinct",
+    "is_unbalanced",
     "refuse_unless",
     "rows_cancel",
     "single",
@@ -29,6 +30,8 @@ UNIQUE_SURPRISE = 13.8
 LISTED_SURPRISE = 4.6
 # Six deviations of every label entry of a unique label: its first digit is certain, and does not hinge on one class.
 SHARP_LABEL = 0.1
+# Sums of rows beyond this share of the whole are no rounding of a client that is unsure to a hundredth.
+UNBALANCED = 1e-3
 
 
 @jax.tree_util.register_dataclass
@@ -40,11 +43,13 @@ class Explanations:
       found: `Consensus` with a leading axis (K,).
       exhaustive: () bool, every triple of classes was tried, so that no other explanation exists.
       feature_pull: (C,) correction of the feature under noise, see `LikelihoodFit`; None or zero without.
+      cost: () minus twice the log evidence of the first one under noise, see `LikelihoodFit`; infinite without.
     """
 
     found: Consensus
     exhaustive: jax.Array
     feature_pull: jax.Array | None
+    cost: jax.Array
 
 
 class Certainty(NamedTuple):
@@ -93,6 +98,12 @@ def rows_cancel(equation: ScalarEquation, found: Consensus, own_deviation: jax.A
     return jnp.abs(total) <= TOLERANCE * jnp.sqrt(jnp.sum(own_deviation**2))
 
 
+def is_unbalanced(equation: ScalarEquation) -> jax.Array:
+    """() bool: whatever lambda and kappa are, dL/dz does not add up to zero: no softmax with labels of sum 1."""
+    noise = TOLERANCE * jnp.sqrt(jnp.sum(equation.left_deviation**2))
+    return jnp.abs(jnp.sum(equation.left)) > noise + UNBALANCED * jnp.sum(jnp.abs(equation.left))
+
+
 def refuse_unless(explanations: Explanations, holds: jax.Array) -> Explanations:
     """The same explanations, none of them worth anything unless `holds`: () or (K,) bool."""
     found = explanations.found
@@ -117,4 +128,4 @@ def distinct(polished: Consensus, listed: int) -> Consensus:
 def single(found: Consensus) -> Explanations:
     """One explanation and no rivals."""
     stacked = jax.tree.map(lambda leaf: leaf[None], found)
-    return Explanations(stacked, jnp.asarray(False), None)
+    return Explanations(stacked, jnp.asarray(False), None, jnp.asarray(jnp.inf))

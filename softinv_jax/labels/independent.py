@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from softinv_jax.float64 import argmin
 from softinv_jax.labels.assumptions import Loss
-from softinv_jax.labels.consensus import Consensus
-from softinv_jax.labels.explanations import SHARP_LABEL, UNIQUE_SURPRISE, Explanations
+from softinv_jax.labels.consensus import Consensus, independent_classes
+from softinv_jax.labels.explanations import SHARP_LABEL, UNIQUE_SURPRISE, Explanations, is_unbalanced
 from softinv_jax.labels.losses import Outcome
 from softinv_jax.labels.reading import Reading
 from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, label_deviation
@@ -62,17 +62,18 @@ def explain_independent_outputs(reading: Reading, *, told_scale: bool, has_bias:
     sharp = TOLERANCE * jnp.max(explanations.label_deviation) <= SHARP_LABEL
     # Without a bias nothing but the sign of the features tells a label from its complement.
     turned = jnp.asarray(has_bias) | (reading.feature_sign != 0)
-    unique = explanations.fits & (surprise >= UNIQUE_SURPRISE) & sharp & alone & turned
-    shown = explanations.fits & (surprise >= UNIQUE_SURPRISE)
+    shown = explanations.fits & (surprise >= UNIQUE_SURPRISE) & is_unbalanced(equation)
+    unique = shown & sharp & alone & turned
     first = jnp.arange(listed, dtype=jnp.int32) == 0
     found = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (listed, *leaf.shape)), explanations)
     return Outcome(
-        explanations=Explanations(found, jnp.zeros((), bool), jnp.zeros_like(equation.left)),
+        explanations=Explanations(found, jnp.zeros((), bool), jnp.zeros_like(equation.left), jnp.asarray(jnp.inf)),
         listed=shown & first,
         scalar=jnp.asarray(not has_bias),
         scale=jnp.asarray(True),
         loss=loss,
         unique=unique,
+        logit_error=jnp.zeros(()),
     )
 
 
@@ -165,10 +166,11 @@ def _described(equation: ScalarEquation, fit: _Fit, *, free: bool) -> Consensus:
     classes = fit.label.size
     margin = TOLERANCE * fit.deviation
     size = jnp.abs(fit.factor * equation.left)
-    room = jnp.minimum(0.5, size)
+    # Outputs of one logit and one label agree at every lambda alike; a label is 0 or 1, and an entry at most 1.
+    independent, _ = independent_classes(size + 2 * fit.label, margin, fit.used)
     # Either of two values would have done.
-    nats = jnp.where(fit.used, jnp.log(jnp.maximum(room / (2 * margin), 1.0)) - jnp.log(2.0), 0.0)
-    nats = jnp.maximum(nats, 0.0)
+    nats = jnp.log(jnp.maximum(jnp.minimum(0.5, size) / (2 * margin), 1.0)) - jnp.log(2.0)
+    nats = jnp.where(independent, jnp.maximum(nats, 0.0), 0.0)
     surprise = jnp.sum(nats) - (1 + int(free)) * jnp.max(nats)
     label_deviation_ = jnp.hypot(fit.deviation, size * fit.factor_deviation / jnp.abs(fit.factor))
     agreeing = fit.label == 0
@@ -188,7 +190,7 @@ def _described(equation: ScalarEquation, fit: _Fit, *, free: bool) -> Consensus:
         label_deviation=label_deviation_,
         deviation_without_one=label_deviation_,
         surprise=jnp.where(fits, surprise, jnp.minimum(surprise, 0.0)),
-        informative=jnp.sum(fit.used, dtype=jnp.int32),
+        informative=jnp.sum(independent, dtype=jnp.int32),
         levels=jnp.int32(classes),
         fits=fits,
         misfit=fit.misfit,

@@ -5,22 +5,34 @@ temperature T divides logits and gradient alike, so that lambda becomes lambda /
 lambda, freeing lambda is freeing T; without a bias T cannot be seen, and changes no label.
 """
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from softinv_jax.labels.assumptions import Loss
+from softinv_jax.labels.consensus import Consensus
 from softinv_jax.labels.exact import explain_thoroughly
 from softinv_jax.labels.explanations import UNIQUE_SURPRISE, Explanations, certainty, refuse_unless, rows_cancel
 from softinv_jax.labels.reading import Reading
-from softinv_jax.labels.scalar_equation import Unknowns, label_deviation, probabilities
+from softinv_jax.labels.scalar_equation import (
+    ScalarEquation,
+    Unknowns,
+    label_deviation,
+    probabilities,
+    with_client_error,
+)
 
 __all__ = ["LossName", "Outcome", "Trial", "judge", "search_losses", "trials_for"]
 
-LossName = Literal[
-    "auto", "cross_entropy", "weighted_cross_entropy", "tempered_cross_entropy", "binary_cross_entropy"
-]
+LossName = Literal["auto", "cross_entropy", "weighted_cross_entropy", "tempered_cross_entropy", "binary_cross_entropy"]
+
+# Of the strongest row: half precision reaches further down.
+UNDERFLOW = 1e-6
+# Standard deviations of logits, from a tenth of what TF32 does to logits of size 1 to what bfloat16 does to large ones.
+CLIENT_ERRORS = tuple(2.0 ** -np.arange(14, 3, -1))
 
 
 class Trial(NamedTuple):
@@ -37,6 +49,7 @@ class Outcome(NamedTuple):
     Attributes:
       explanations: what was found. listed: (K,) bool, see `Certainty`.
       scalar, scale: bool, what was free. loss: int32, a `Loss`. unique: bool.
+      logit_error: what the client's arithmetic is assumed to add to its logits.
     """
 
     explanations: Explanations
@@ -45,6 +58,7 @@ class Outcome(NamedTuple):
     scale: jax.Array
     loss: jax.Array
     unique: jax.Array
+    logit_error: jax.Array
 
     @property
     def unknowns(self) -> Unknowns:
@@ -80,36 +94,56 @@ def judge(reading: Reading, explanations: Explanations, unknowns: Unknowns, loss
         own = label_deviation(equation, found.scalar, found.factor, prediction, label)
         # With a bias lambda is known, and has the sign that a temperature cannot turn.
         upright = jnp.isnan(equation.known_scalar) | (found.scalar * equation.known_scalar > 0)
-        return rows_cancel(equation, found, own) & upright
+        return rows_cancel(equation, found, own) & upright & ~_lacks_rows(equation, found, label)
 
     count = explanations.found.scalar.shape[0]
     explanations = refuse_unless(explanations, jnp.stack([holds(index) for index in range(count)]))
     listed, unique = certainty(explanations, unknowns, reading.is_rounding)
     flags = jnp.asarray(unknowns.scalar), jnp.asarray(unknowns.scale)
-    return Outcome(explanations, listed, *flags, jnp.asarray(loss, jnp.int32), unique)
+    return Outcome(explanations, listed, *flags, jnp.asarray(loss, jnp.int32), unique, equation.logit_error)
+
+
+def _lacks_rows(equation: ScalarEquation, found: Consensus, label: jax.Array) -> jax.Array:
+    """() bool: a row is zero to the last digit where the explanation has it far above what any format loses."""
+    expected = jnp.abs(label - found.level) * jnp.abs(1 / found.factor)
+    return jnp.any((equation.left == 0) & (expected > UNDERFLOW * jnp.max(jnp.abs(equation.left))))
 
 
 def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:
     """The first loss under which the gradient has one explanation; where there is none, what the first one gives.
 
-    One compiled program serves every trial; later ones run only where they are needed.
+    Then the one that was told again, for clients whose own arithmetic is coarse (or whose parameters are not quite
+    those given): their logits err by more than rounding, by how much is told by the evidence. One compiled program
+    serves every attempt; later ones run only where they are needed.
 
     Args:
       reading: of one gradient, thorough. trials: static, at least one.
     """
-    if len(trials) == 1:
-        scalar, scale, loss = trials[0]
-        return judge(reading, explain_thoroughly(reading, Unknowns(scalar, scale)), Unknowns(scalar, scale), loss)
-    scalars, scales, losses = (jnp.asarray(column) for column in zip(*trials, strict=True))
+    rows = [(*trial, 0.0) for trial in trials] + [(*trials[0], size) for size in CLIENT_ERRORS]
+    scalars, scales, losses, errors = (jnp.asarray(column) for column in zip(*rows, strict=True))
 
     @jax.jit
     def attempt(index: jax.Array) -> Outcome:
         unknowns = Unknowns(scalars[index], scales[index])
-        return judge(reading, explain_thoroughly(reading, unknowns), unknowns, losses[index])
+        coarse = index >= len(trials)
+        seen = replace(
+            reading,
+            equation=with_client_error(reading.equation, errors[index]),
+            is_rounding=reading.is_rounding & ~coarse,
+        )
+        found = explain_thoroughly(seen, unknowns)
+        # An error that is assumed, not measured, lets much fit: it takes agreement to be worth telling.
+        return judge(replace(seen, is_rounding=seen.is_rounding | coarse), found, unknowns, losses[index])
+
+    # Rounding to half precision is no noise of the channel: the client is likely to have computed that way.
+    few_digits = reading.leftover.few_digits & ~reading.is_rounding
+    noisy = ~reading.is_rounding & ~few_digits
 
     def unsettled(state: tuple[jax.Array, Outcome]) -> jax.Array:
         index, kept = state
-        return (index < len(trials)) & ~kept.unique
+        # What fits as it should under noise needs no other loss, and coarse arithmetic is lost in it.
+        settled = jnp.where(noisy, kept.unique | kept.listed[0] | (index >= len(trials)), kept.unique & ~few_digits)
+        return (index < len(rows)) & ~(settled & (kept.logit_error == 0))
 
     def proceed(state: tuple[jax.Array, Outcome]) -> tuple[jax.Array, Outcome]:
         index, kept = state
@@ -117,7 +151,10 @@ def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:
         told, other = kept.explanations.found.surprise[0], new.explanations.found.surprise[0]
         # One of several tried, and by as much as sets it apart from the one that was told.
         bound = UNIQUE_SURPRISE + jnp.log(1.0 * len(trials)) + jnp.maximum(told, 0.0)
-        better = (index == 0) | (new.unique & (other >= bound))
+        another_loss = new.unique & (other >= bound)
+        likelier = (kept.loss == losses[0]) & (new.explanations.cost < kept.explanations.cost)
+        coarser = new.listed[0] & (~kept.listed[0] | likelier)
+        better = (index == 0) | jnp.where(index < len(trials), another_loss, coarser)
         return index + 1, jax.tree.map(lambda a, b: jnp.where(better, a, b), new, kept)
 
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(attempt, jnp.int32(0)))

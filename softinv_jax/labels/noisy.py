@@ -65,4 +65,4 @@ def explain_by_likelihood(
     none = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype == jnp.float64 else leaf, described)
     none = replace(none, fits=jnp.zeros_like(described.fits), surprise=jnp.full_like(described.surprise, -jnp.inf))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), described, none, none)
-    return Explanations(stacked, jnp.asarray(False), fit.feature_pull)
+    return Explanations(stacked, jnp.asarray(False), fit.feature_pull, fit.cost)

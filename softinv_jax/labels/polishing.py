@@ -5,7 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.labels.consensus import Consensus, fitted_parameters, independent_classes, scalar_derivative, surprise_of
+from softinv_jax.labels.consensus import (
+    Consensus,
+    fitted_parameters,
+    independent_classes,
+    scalar_derivative,
+    surprise_of,
+)
 from softinv_jax.labels.scalar_equation import (
     TOLERANCE,
     ScalarEquation,
@@ -170,10 +176,12 @@ def _describe(
     margin = TOLERANCE * deviation
     gradient = factor * equation.left
     independent, levels = independent_classes(point.prediction, margin, agreeing & (jnp.abs(gradient) > margin))
-    surprise = _surprise(independent, margin, gradient, agreeing, unknowns)
-    surprise = surprise + either(
-        _nothing_fitted(unknowns), _level_surprise(equation, point, agreeing, solution), jnp.zeros(())
-    )
+    nats = jnp.where(independent, surprise_of(margin, gradient), 0.0)
+    closed = jnp.where(independent, _evidence_of(point, solution.level, gradient), 0.0)
+    surprise = _surprise(either(_nothing_fitted(unknowns), closed, nats), agreeing, unknowns)
+    surprise = surprise - _unlikely_shares(label, solution.level, agreeing)
+    of_level = _level_surprise(equation, point, agreeing, solution)
+    surprise = surprise + either(_nothing_fitted(unknowns), of_level, jnp.zeros(()))
     return Consensus(
         scalar=scalar,
         factor=factor,
@@ -229,11 +237,19 @@ def _fits(point: _Point, label_spread: jax.Array, misfit: jax.Array) -> jax.Arra
     return jnp.all(valid) & (misfit <= (TOLERANCE / 2) ** 2)
 
 
-def _surprise(
-    independent: jax.Array, margin: jax.Array, gradient: jax.Array, agreeing: jax.Array, unknowns: Unknowns
-) -> jax.Array:
+def _evidence_of(point: _Point, level: jax.Array, gradient: jax.Array) -> jax.Array:
+    """(C,) nats by which each entry speaks for the level, of labels in closed form.
+
+    Nothing is fitted there that could make entries agree, so that the densities themselves are compared: that of the
+    error, a Gaussian at the distance from the level, with that of an entry that could be anything in its room.
+    """
+    residual = (point.label - level) / point.deviation
+    width = jnp.sqrt(jnp.pi / 2) * point.deviation  # Half of the interval over which a Gaussian is as high as its top.
+    return surprise_of(width, gradient) - jnp.minimum(residual**2, TOLERANCE**2) / 2
+
+
+def _surprise(nats: jax.Array, agreeing: jax.Array, unknowns: Unknowns) -> jax.Array:
     """() nats of the agreement, less what the fitted parameters and the choice of classes make for free."""
-    nats = jnp.where(independent, surprise_of(margin, gradient), 0.0)
     count, number_of_classes = jnp.sum(agreeing), agreeing.size
     choices = (
         jax.lax.lgamma(jnp.asarray(number_of_classes + 1.0))
@@ -242,6 +258,16 @@ def _surprise(
     )
     # The fitted parameters make as many classes agree for free; the sharpest ones, to be safe.
     return jnp.sum(nats) - fitted_parameters(unknowns) * jnp.max(nats) - choices
+
+
+def _unlikely_shares(label: jax.Array, level: jax.Array, agreeing: jax.Array) -> jax.Array:
+    """() nats against classes that are singled out by next to nothing, as where another loss bends the equation.
+
+    A share that may be anything up to 1 is below s with probability s; half of all cost nothing.
+    """
+    share = jnp.abs(label - level)
+    cost = -jnp.log(jnp.clip(2 * share, 1e-9, 1.0))
+    return jnp.sum(jnp.where(agreeing, 0.0, cost))
 
 
 def _level_surprise(equation: ScalarEquation, point: _Point, agreeing: jax.Array, solution: _Step) -> jax.Array:

@@ -3,7 +3,7 @@
 The search for the label needs nothing of size d, so that one compiled search serves every head with as many classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Reading:
       feature_variance: () of each entry of v. factor_variance: () of kappa, where a bias tells it.
       right_norm: () length of v as it is kept. longest: () the lambda beyond which a feature leaves the range of the
         result's dtype. total: () sum of the entries of v / |v|; with a bias the last one, of the constant feature 1.
-      feature_sign: () 1 or -1 where no entry of v is of the other sign beyond its error, as after ReLU or a sigmoid; else 0.
+      feature_sign: () 1 or -1 where no entry of v is of the other sign beyond its error (ReLU, sigmoid); else 0.
       residual: () see `RankOneFactors`. is_rounding: () bool, likewise.
       has_signal: () bool, the gradient is more than noise of the size measured would be.
       leftover: what is beyond one outer product; where it was not read thoroughly, nothing.
@@ -84,20 +84,22 @@ def read_gradient(observation: Observation, *, told_scale: bool, thorough: bool)
         factors = average_rows(gradient, factors)
     if observation.noise is not None:
         factors = with_known_noise(factors, observation.noise)
-    square = jnp.sum(factors.left**2)
-    feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
     norm = jnp.where(factors.right_norm == 0, 1.0, factors.right_norm)
     right = factors.right.astype(jnp.float64) / norm
-    equation, covariance = _scalar_equation(weight, factors, right, feature_variance, has_bias, thorough)
-    leftover, one_size = _nothing_left(), jnp.zeros((), bool)
+    leftover, one_size, profile = _nothing_left(), jnp.zeros((), bool), jnp.ones_like(right)
     if thorough:
-        matrix = gradient.astype(jnp.float64)
-        rounding = significant_rounding(gradient)
+        matrix, rounding = gradient.astype(jnp.float64), significant_rounding(gradient)
         noise = None if observation.noise is None else observation.noise.astype(jnp.float64)
         leftover = describe_leftover(matrix, factors.left, right, rounding, noise, has_bias=has_bias)
         one_size = is_one_size(matrix)
+        # Half precision errs in proportion to each entry: most where the feature is strong, which counts most.
+        profile = jnp.where(leftover.few_digits, jnp.sqrt(1.0 * right.size) * jnp.abs(right), 1.0)
+        factors = replace(factors, row_noise=factors.row_noise * jnp.sqrt(jnp.sum((profile * right) ** 2)))
+    square = jnp.sum(factors.left**2)
+    feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
+    equation, covariance = _scalar_equation(weight, factors, right, feature_variance, profile, has_bias, thorough)
     # The last entry of v is read from the bias's column alone, whatever noise that has.
-    of_bias = feature_variance * leftover.bias_excess**2
+    of_bias = feature_variance * (leftover.bias_excess * profile[-1]) ** 2
     total = right[-1] if has_bias else jnp.sum(right)
     reading = Reading(
         equation=equation,
@@ -129,7 +131,7 @@ def _common_sign(right: jax.Array, variance: jax.Array) -> jax.Array:
 
 def _nothing_left() -> Leftover:
     no = jnp.zeros((), bool)
-    return Leftover(stands_out=no, rows_alike=no, deleted=no, bias_excess=jnp.ones(()))
+    return Leftover(stands_out=no, rows_alike=no, deleted=no, few_digits=no, bias_excess=jnp.ones(()))
 
 
 def feature_along(
@@ -154,6 +156,7 @@ def _scalar_equation(
     factors: RankOneFactors,
     right: jax.Array,
     feature_variance: jax.Array,
+    profile: jax.Array,
     has_bias: bool,
     thorough: bool,
 ) -> tuple[ScalarEquation, jax.Array]:
@@ -175,9 +178,10 @@ def _scalar_equation(
         if has_bias:
             # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
             tied = weight64.at[:, -1].add(-scalar * direction)
-            covariance = feature_variance * (tied @ tied.T)
         else:
-            covariance = feature_variance * (weight64 @ weight64.T - direction[:, None] * direction[None, :])
+            tied = weight64 - direction[:, None] * right[None, :]
+        tied = tied * profile[None, :]
+        covariance = feature_variance * (tied @ tied.T)
         direction_deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), 0.0))
     equation = ScalarEquation(
         direction=direction,
@@ -187,6 +191,7 @@ def _scalar_equation(
         direction_deviation=direction_deviation,
         weight_norm=weight_norm,
         roundoff=factors.client_rounding,
+        logit_error=jnp.zeros(()),
         known_scalar=scalar,
     )
     return equation, covariance

@@ -136,7 +136,13 @@ def read(observation: Observation, stages: Stages) -> tuple[Reading, jax.Array]:
 @partial(jax.jit, static_argnums=1)
 def search(reading: Reading, stages: Stages) -> tuple[Recovery, jax.Array | None]:
     """Second stage: a `Recovery` without its feature, and what the label says of the feature's error."""
-    asked = Asked(stages.has_bias, stages.told_scale, stages.method == "idlg", stages.approximate)
+    asked = Asked(
+        has_bias=stages.has_bias,
+        told_scale=stages.told_scale,
+        is_published=stages.method == "idlg",
+        approximate=stages.approximate,
+        is_softmax=stages.loss != "binary_cross_entropy" and reading.equation.left.size > 1,
+    )
     recovery, pull = conclude(reading, _explain(reading, stages), asked)
     if stages.thorough and stages.method == "exact":
         interval = feasible_interval(reading.equation, _told_unknowns(stages))

@@ -8,13 +8,21 @@ kappa turns u into dL/dz. Without a bias and with the gradient's scale known, ka
 2024, section 3); with an unknown scale kappa is a second unknown; with a bias lambda is known.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["TOLERANCE", "ScalarEquation", "Unknowns", "either", "label_deviation", "probabilities"]
+__all__ = [
+    "TOLERANCE",
+    "ScalarEquation",
+    "Unknowns",
+    "either",
+    "label_deviation",
+    "probabilities",
+    "with_client_error",
+]
 
 # Two quantities agree when they differ by at most this many standard deviations. By chance a Gaussian error
 # exceeds six in 2 of 10^9 cases: below one miss in a thousand samples of a thousand classes.
@@ -55,6 +63,8 @@ class ScalarEquation:
       direction_deviation: (C,) standard deviation of z from additive noise on v; zero for rounding alone.
       weight_norm: (C,) |W_j|, which sets the rounding of the client's logits.
       roundoff: () unit roundoff of the gradient's dtype.
+      logit_error: () standard deviation of what the client's own arithmetic, or parameters that are not quite those
+        given, add to each logit; zero unless it is assumed.
       known_scalar: () lambda where the head has a bias, else NaN.
     """
 
@@ -65,6 +75,7 @@ class ScalarEquation:
     direction_deviation: jax.Array
     weight_norm: jax.Array
     roundoff: jax.Array
+    logit_error: jax.Array
     known_scalar: jax.Array
 
 
@@ -75,14 +86,23 @@ def probabilities(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
     return jax.nn.softmax(scalar[..., None] * direction + offset, axis=-1)
 
 
+def with_client_error(equation: ScalarEquation, size: jax.Array) -> ScalarEquation:
+    """The equation of a client whose logits, and whose dL/dz relatively, err by so much (TF32, bfloat16 autocast)."""
+    return replace(
+        equation,
+        logit_error=size,
+        left_deviation=jnp.hypot(equation.left_deviation, size * jnp.abs(equation.left)),
+    )
+
+
 def label_deviation(
     equation: ScalarEquation, scalar: jax.Array, factor: jax.Array, prediction: jax.Array, label: jax.Array
 ) -> jax.Array:
     """Standard deviation of each entry of y at given lambda and kappa, before their own errors.
 
-    Three sources: the client rounds y and p - y; it rounds its logits, which p carries as a relative error; and
-    additive noise on u and v. The partial sums of a length-d dot product grow like a random walk: in the worst
-    order of summation, one by one, that costs 0.41 unit roundoffs of |W_j| |x|.
+    Three sources: the client rounds y and p - y; it rounds its logits, or computes them from less exact numbers, which
+    p carries as a relative error; and additive noise on u and v. The partial sums of a length-d dot product grow like a
+    random walk: in the worst order of summation, one by one, that costs 0.41 unit roundoffs of |W_j| |x|.
 
     Shapes: lambda, kappa (...); prediction and label (..., C). Returns (..., C).
     """
@@ -90,6 +110,8 @@ def label_deviation(
     scale = jnp.abs(scalar)[..., None]
     # Squares are summed as they are (no hypot): in float64 none of these can under- or overflow.
     rounding = equation.roundoff * (1 + 0.41 * scale * jnp.broadcast_to(equation.weight_norm, like))
-    logit_square = rounding**2 + (scale * jnp.broadcast_to(equation.direction_deviation, like)) ** 2
+    logit_square = (
+        rounding**2 + equation.logit_error**2 + (scale * jnp.broadcast_to(equation.direction_deviation, like)) ** 2
+    )
     noise = factor[..., None] * jnp.broadcast_to(equation.left_deviation, like)
     return jnp.sqrt(logit_square * prediction**2 + (equation.roundoff * label) ** 2 + noise**2)

@@ -135,6 +135,8 @@ class Assumptions:
     Attributes:
       loss: () int32, the `Loss` that explains the gradient.
       temperature: () T of the softmax; 1 unless it was found, NaN where nothing was.
+      logit_error: () standard deviation of what the client's arithmetic (TF32, bfloat16), or parameters that are not
+        quite those given, add to each logit; 0 unless the gradient shows it.
       refuted: () int32, `Assumption` flags of what was told or taken for granted and is not so.
       rests_on: () int32, `Assumption` flags of what a conditional label is right under.
       examples: () int32, how many examples stand out of the noise; 0 where that was not looked at. At most 32 are
@@ -143,6 +145,7 @@ class Assumptions:
 
     loss: jax.Array
     temperature: jax.Array
+    logit_error: jax.Array
     refuted: jax.Array
     rests_on: jax.Array
     examples: jax.Array

@@ -69,8 +69,8 @@ def observe(
       check_values: look for NaN and infinite entries, which reads every byte once. NumPy arrays stay NumPy arrays.
 
     Raises:
-      ValueError: naming the array and what is wrong with it: a shape that does not fit, fewer than 3 classes without a bias, a
-        dtype that is not floating, NaN or infinite entries, or one of bias and bias_gradient without the other.
+      ValueError: naming the array and what is wrong with it: a shape that does not fit, fewer than 3 classes without a
+        bias, a dtype that is not floating, NaN or infinite entries, or one of bias and bias_gradient without the other.
     """
     if (bias is None) != (bias_gradient is None):
         given, missing = ("bias", "bias_gradient") if bias_gradient is None else ("bias_gradient", "bias")

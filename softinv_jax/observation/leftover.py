@@ -40,12 +40,14 @@ class Leftover:
       rows_alike: bool, its rows resemble or cancel each other more than those of noise: examples, none of which need
         stand out.
       deleted: bool, entries are zero that the outer product has elsewhere than at zero.
+      few_digits: bool, it is the rounding of half precision, in proportion to each entry.
       bias_excess: float64, root mean square of the bias's column of it, over that of all columns, at least 1.
     """
 
     stands_out: jax.Array
     rows_alike: jax.Array
     deleted: jax.Array
+    few_digits: jax.Array
     bias_excess: jax.Array
 
 
@@ -71,7 +73,8 @@ def describe_leftover(
     rows, columns = gradient.shape
     whitened, axis = _whitened(error, left)
     edge = np.sqrt(rows) + np.sqrt(columns) + BEYOND_EDGE
-    beyond_digits = ~_is_rounding_to_digits(gradient, expected, error, relative_rounding)
+    few_digits = _is_rounding_to_digits(gradient, expected, error, relative_rounding)
+    beyond_digits = ~few_digits
     stands_out = (_largest_singular_value(whitened) > edge) & beyond_digits
     alike = (_rows_alike(whitened, axis) | _adds_up_to_zero(error)) & beyond_digits
     if noise is not None:  # What is known to be there is no example.
@@ -84,7 +87,8 @@ def describe_leftover(
     return Leftover(
         stands_out=stands_out,
         rows_alike=alike,
-        deleted=_deleted(gradient, expected, error),
+        deleted=_deleted(gradient, expected, error) & beyond_digits,
+        few_digits=few_digits,
         bias_excess=jnp.maximum(bias_excess, 1.0),
     )
 
@@ -155,8 +159,8 @@ def _rows_alike(whitened: jax.Array, axis: jax.Array) -> jax.Array:
 def _adds_up_to_zero(error: jax.Array) -> jax.Array:
     """() bool: the rows cancel far better than those of noise ever would, as dL/dz of every softmax example does.
 
-    u adds up to zero itself, so that taking its part out leaves the sum of the noise as it was: over all of its squares,
-    chi-square of d degrees of freedom over d. Chernoff's bound on a share r of it is (d / 2) (r - 1 - log r) nats.
+    u adds up to zero itself, so that taking its part out leaves the sum of the noise as it was. Its square, over all
+    squares, is chi-square of d degrees of freedom over d; r or less has (d / 2) (r - 1 - log r) nats (Chernoff).
     """
     total = jnp.sum(error**2)
     share = jnp.sum(error**2, axis=0)
@@ -242,8 +246,8 @@ def _leading_singular_values(matrix: jax.Array) -> jax.Array:
     count = min(rows, columns, COUNTED)
     start = np.random.default_rng(columns).choice(np.array([-1.0, 1.0]), (columns, count))
     right = orthonormal_columns(jnp.asarray(start))[0]
-    right = jax.lax.fori_loop(0, SUBSPACE_STEPS, lambda _, basis: orthonormal_columns(matrix.T @ (matrix @ basis))[0], right)
+    right = jax.lax.fori_loop(
+        0, SUBSPACE_STEPS, lambda _, basis: orthonormal_columns(matrix.T @ (matrix @ basis))[0], right
+    )
     values = jnp.sqrt(jnp.sum((matrix @ right) ** 2, axis=0))
     return sort(values)[::-1]
-
-

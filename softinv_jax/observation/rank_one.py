@@ -142,9 +142,7 @@ def dominant_factors(gradient: jax.Array) -> RankOneFactors:
     row_noise = jnp.where(is_rounding, 0.0, row_deviation / np.sqrt(features))
     total = jnp.sqrt(jnp.sum(left**2))
     residual = jnp.sqrt(jnp.sum(row_deviation**2)) / jnp.where(total == 0, 1.0, total)
-    return RankOneFactors(
-        left, right, right_norm, row_noise, residual, is_rounding, entry_rounding, client_rounding
-    )
+    return RankOneFactors(left, right, right_norm, row_noise, residual, is_rounding, entry_rounding, client_rounding)
 
 
 def average_rows(gradient: jax.Array, factors: RankOneFactors) -> RankOneFactors:

@@ -38,6 +38,7 @@ def variance_landscape(
             direction_deviation=zeros,
             weight_norm=zeros,
             roundoff=zero,
+            logit_error=zero,
             known_scalar=zero,
         )
         grid = jnp.asarray(np.asarray(scalars, np.float64))

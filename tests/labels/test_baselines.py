@@ -19,7 +19,7 @@ def head_equation(sample: object) -> tuple[ScalarEquation, np.ndarray, np.ndarra
     left, values, right = np.linalg.svd(sample.gradient.astype(np.float64))
     direction, left = sample.weight.astype(np.float64) @ right[0], values[0] * left[:, 0]
     zeros = np.zeros(direction.size)
-    arrays = (direction, zeros, left, zeros, zeros, zeros + 1, np.array(2.0**-24), np.array(np.nan))
+    arrays = (direction, zeros, left, zeros, zeros, zeros + 1, np.array(2.0**-24), np.zeros(()), np.array(np.nan))
     return ScalarEquation(*map(jnp.asarray, arrays)), direction, left
 
 

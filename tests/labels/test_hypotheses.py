@@ -23,6 +23,7 @@ def equation(direction: np.ndarray, left: np.ndarray) -> ScalarEquation:
         direction_deviation=zeros,
         weight_norm=zeros + 1,
         roundoff=jnp.asarray(2.0**-53),
+        logit_error=jnp.zeros(()),
         known_scalar=jnp.asarray(jnp.nan),
     )
 

@@ -21,8 +21,8 @@ def lists_the_truth(found: Recovery, label: np.ndarray) -> bool:
 
 
 def test_verdict_names_are_lower_case() -> None:
-    names = ["no_signal", "unidentifiable", "ambiguous", "unique"]
-    assert verdict_names(np.arange(4)).tolist() == names
+    names = ["refuted", "not_found", "no_signal", "unidentifiable", "ambiguous", "conditional", "unique"]
+    assert verdict_names(np.arange(-2, 5)).tolist() == names
     assert verdict_names(2) == "ambiguous"
 
 

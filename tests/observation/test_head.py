@@ -29,7 +29,7 @@ REFUSED = {
     "integer bias gradient": ((WEIGHT, GRADIENT, BIAS, BIAS > 0), "bias_gradient must be .* bool"),
     "flat weight": ((BIAS, GRADIENT), r"weight must have shape \(C, d\), .* \(4,\)"),
     "no features": ((WEIGHT[:, :0], GRADIENT[:, :0]), r"weight must have shape .* \(4, 0\)"),
-    "two classes": ((WEIGHT[:2], GRADIENT[:2]), r"C = 2 rows; .* \(2, 3\)"),
+    "two classes": ((WEIGHT[:2], GRADIENT[:2]), r"C = 2 rows and there is no bias.* \(2, 3\)"),
     "transposed gradient": ((WEIGHT, GRADIENT.T), r"weight_gradient .* \(4, 3\) .* has shape \(3, 4\)"),
     "no examples": ((WEIGHT, GRADIENT[None][:0]), r"weight_gradient .* N >= 1, .* \(0, 4, 3\)"),
     "four axes": ((WEIGHT, GRADIENT[None, None]), r"weight_gradient .* \(1, 1, 4, 3\)"),

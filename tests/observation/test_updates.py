@@ -192,7 +192,7 @@ def test_a_rate_that_leaves_nothing_unclear(draw: Callable) -> None:
     for seed, family in enumerate(("hard", "smoothing", "mixup", "dirichlet")):
         sample = draw(family, seed, number_of_classes=CLASSES, features=FEATURES, has_bias=True, dtype=np.float64)
         found = recover_update(rounded_update(sample, 1.0, 0.1))
-        assert found.verdict_name == "unique"
+        assert found.verdict_name == ("conditional" if family == "dirichlet" else "unique")
         np.testing.assert_allclose(found.label, sample.label, atol=1e-5)
         np.testing.assert_allclose(found.feature, sample.feature, atol=1e-4)
 
