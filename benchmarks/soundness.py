@@ -26,81 +26,64 @@ DEVIATIONS = 6.0
 FACTORS = ("focal", "class_weights")
 
 
-def cells() -> list[Cell]:
-    """The grid: not the full product, but every value, and every loss with and without a bias."""
-    found: list[Cell] = []
-
-    def add(**options: Any) -> None:
-        for bias in (False, True):
-            name = ", ".join(f"{key} {value}" for key, value in options.items())
-            found.append(Cell(name=f"{name}{', bias' if bias else ''}", bias=bias, **options))
-
-    for label in ("hard", "smoothing", "mixup", "five_way", "dense"):
-        add(label=label)
-    for classes, label in (
-        (3, "hard"),
-        (3, "smoothing"),
-        (4, "hard"),
-        (4, "smoothing"),
-        (6, "smoothing"),
-        (6, "mixup"),
-    ):
-        add(label=label, classes=classes)
-    found.append(Cell(name="label hard, classes 2, bias", label="hard", classes=2, bias=True))
-    found.append(Cell(name="label smoothing, classes 2, bias", classes=2, bias=True))
-    found.append(Cell(name="loss bce_mean, classes 1, bias", loss="bce_mean", label="multi", classes=1, bias=True))
-    for label in ("hard", "smoothing", "mixup"):
-        add(label=label, classes=100, features=256)
-    for kind in ("signed", "sigmoid"):
-        add(label="smoothing", kind=kind)
-    add(label="hard", fan_in=True)
-    add(label="smoothing", unknown_scale=True)
-    for factor in (0.5, 0.1, 3.0, -1.0):
-        add(label="hard", factor=factor)
-        add(label="smoothing", factor=factor)
-    for loss in ("bce_mean", "bce_sum"):
-        add(loss=loss, label="hard")
-        add(loss=loss, label="multi")
-    for loss in ("focal", "class_weights", "temperature2", "temperature0.5", "squared_softmax", "squared_logits"):
-        add(loss=loss, label="hard")
-    for loss in (
+def _grid() -> list[dict[str, Any]]:
+    """Every value, and every loss; not the full product."""
+    formats = ("hard", "smoothing", "mixup", "five_way", "dense")
+    few = ((3, "hard"), (3, "smoothing"), (4, "hard"), (4, "smoothing"), (6, "smoothing"), (6, "mixup"))
+    losses = (
+        "focal",
         "class_weights",
         "temperature2",
-        "focal",
         "squared_softmax",
         "logit_adjustment",
         "entropy",
         "distillation",
-    ):
-        add(loss=loss, label="smoothing")
-    add(loss="squared_softmax", label="hard", fan_in=True)
-    add(loss="logit_adjustment", label="hard", fan_in=True)
-    for spoilt in ("rows1", "rows2", "rows4", "pruned", "quantised", "stale"):
-        add(spoilt=spoilt)
-        add(spoilt=spoilt, label="hard", fan_in=True)
-    for sent in ("bfloat16", "float16", "float64", "product", "delta32", "delta_bfloat16"):
-        add(sent=sent)
-    for arithmetic in ("tf32", "bfloat16"):
-        add(arithmetic=arithmetic)
-        add(arithmetic=arithmetic, label="hard")
-    for noise in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-        add(noise=noise)
-        add(noise=noise, label="mixup")
-    for label in ("hard", "dense"):
-        add(noise=1e-3, label=label)
-    add(noise=1e-3, label="hard", classes=4)
-    add(noise=1e-3, kind="signed")
-    for examples in (2, 4, 8):
-        add(examples=examples)
-        add(examples=examples, label="hard", kind="parallel", fan_in=True)
-    add(examples=2, label="hard", classes=4)
-    add(examples=2, loss="bce_mean", label="hard")
-    for label in ("smoothing", "hard"):
-        add(steps=3, label=label)
-    add(steps=3, examples=2)
-    for optimiser in ("adam", "sign"):
-        add(optimiser=optimiser)
-        add(optimiser=optimiser, label="hard", kind="signed")
+    )
+    hard_losses = (*losses, "temperature0.5", "squared_logits")
+    spoilt = ("rows1", "rows2", "rows4", "pruned", "quantised", "stale")
+    sent = ("bfloat16", "float16", "float64", "product", "delta32", "delta_bfloat16")
+    noises = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    parallel = {"label": "hard", "kind": "parallel", "fan_in": True}
+    return [
+        *({"label": label} for label in formats),
+        *({"label": label, "classes": classes} for classes, label in few),
+        *({"label": label, "classes": 100, "features": 256} for label in ("hard", "smoothing", "mixup")),
+        *({"label": "smoothing", "kind": kind} for kind in ("signed", "sigmoid")),
+        {"label": "hard", "fan_in": True},
+        {"label": "smoothing", "unknown_scale": True},
+        *({"label": label, "factor": f} for f in (0.5, 0.1, 3.0, -1.0) for label in ("hard", "smoothing", "mixup")),
+        *({"loss": loss, "label": label} for loss in ("bce_mean", "bce_sum") for label in ("hard", "multi")),
+        *({"loss": loss, "label": "hard"} for loss in hard_losses),
+        *({"loss": loss, "label": label} for loss in losses for label in ("smoothing", "mixup")),
+        *({"loss": loss, "label": "hard", "fan_in": True} for loss in ("squared_softmax", "logit_adjustment")),
+        *({"spoilt": kind} for kind in spoilt),
+        *({"spoilt": kind, "label": "hard", "fan_in": True} for kind in spoilt),
+        *({"sent": kind} for kind in sent),
+        *({"arithmetic": kind, "label": label} for kind in ("tf32", "bfloat16") for label in ("smoothing", "hard")),
+        *({"noise": noise, "label": label} for noise in noises for label in ("smoothing", "mixup")),
+        *({"noise": 1e-3, "label": label} for label in ("hard", "dense")),
+        {"noise": 1e-3, "label": "hard", "classes": 4},
+        {"noise": 1e-3, "kind": "signed"},
+        *({"examples": examples} for examples in (2, 4, 8)),
+        *({"examples": examples} | parallel for examples in (2, 4, 8)),
+        {"examples": 2, "label": "hard", "classes": 4},
+        {"examples": 2, "label": "hard", "loss": "bce_mean"},
+        *({"steps": 3, "label": label} for label in ("smoothing", "hard")),
+        {"steps": 3, "examples": 2},
+        *({"optimiser": optimiser} for optimiser in ("adam", "sign")),
+        *({"optimiser": optimiser, "label": "hard", "kind": "signed"} for optimiser in ("adam", "sign")),
+    ]
+
+
+def cells() -> list[Cell]:
+    """The grid, each setting without a bias and with one; fewer than three classes with one only."""
+    found = []
+    for options in _grid():
+        name = ", ".join(f"{key} {value}" for key, value in options.items())
+        found += [Cell(name=name, **options), Cell(name=f"{name}, bias", bias=True, **options)]
+    for label in ("hard", "smoothing"):
+        found.append(Cell(name=f"label {label}, classes 2, bias", label=label, classes=2, bias=True))
+    found.append(Cell(name="loss bce_mean, classes 1, bias", loss="bce_mean", label="multi", classes=1, bias=True))
     return found
 
 

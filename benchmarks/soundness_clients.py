@@ -1,4 +1,4 @@
-"""Clients of every kind, in plain float32 NumPy: what a last layer's gradient is under other losses, steps and arithmetic."""
+"""Clients of every kind, in plain float32 NumPy: a last layer's gradient under other losses, steps and arithmetic."""
 
 from __future__ import annotations
 
@@ -66,59 +66,75 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 def logit_gradient(loss: str, z: np.ndarray, y: np.ndarray) -> np.ndarray:
     """dL/dz of one example's loss for logits and labels (..., C), in the dtype of the logits."""
-    classes = z.shape[-1]
-    one = z.dtype.type
-    p = softmax(z)
-    if loss == "cross_entropy":
-        return p - y
     if loss.startswith("temperature"):
-        temperature = one(float(loss.removeprefix("temperature")))
+        temperature = z.dtype.type(float(loss.removeprefix("temperature")))
         return (softmax(z / temperature) - y) / temperature
-    if loss in ("bce_mean", "bce_sum"):
-        return (sigmoid(z) - y) / one(classes if loss == "bce_mean" else 1)
-    if loss == "focal":  # gamma 2: L = -sum_j y_j (1 - p_j)^2 log p_j
-        inner = y * (2 * (1 - p) * np.log(p) * p - (1 - p) ** 2)
-        return inner - p * inner.sum(axis=-1, keepdims=True)
-    if loss == "squared_softmax":
-        inner = one(2 / classes) * (p - y)
-        return p * (inner - (p * inner).sum(axis=-1, keepdims=True))
-    if loss == "squared_logits":
-        return one(2 / classes) * (z - y)
-    if loss == "class_weights":
-        weights = np.linspace(0.5, 2, classes).astype(z.dtype)
-        weighted = weights * y
-        return p * weighted.sum(axis=-1, keepdims=True) - weighted
-    if loss == "logit_adjustment":
-        prior = np.linspace(1, 5, classes).astype(z.dtype)
-        return softmax(z + np.log(prior / prior.sum())) - y
-    if loss == "entropy":  # cross-entropy less 0.1 times the entropy of the prediction
-        entropy = -(p * np.log(p)).sum(axis=-1, keepdims=True)
-        return p - y + one(0.1) * p * (np.log(p) + entropy)
-    if loss == "distillation":  # half from a teacher's softmax
-        teacher = softmax(np.cos(3 * z))
-        return p - (y + teacher) / 2
-    raise ValueError(f"no such loss: {loss!r}")
+    return LOSSES[loss](z, y)
+
+
+def _focal(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """gamma 2: L = -sum_j y_j (1 - p_j)^2 log p_j."""
+    p = softmax(z)
+    inner = y * (2 * (1 - p) * np.log(p) * p - (1 - p) ** 2)
+    return inner - p * inner.sum(axis=-1, keepdims=True)
+
+
+def _squared_softmax(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    p = softmax(z)
+    inner = z.dtype.type(2 / z.shape[-1]) * (p - y)
+    return p * (inner - (p * inner).sum(axis=-1, keepdims=True))
+
+
+def _class_weights(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    weighted = np.linspace(0.5, 2, z.shape[-1]).astype(z.dtype) * y
+    return softmax(z) * weighted.sum(axis=-1, keepdims=True) - weighted
+
+
+def _logit_adjustment(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    prior = np.linspace(1, 5, z.shape[-1]).astype(z.dtype)
+    return softmax(z + np.log(prior / prior.sum())) - y
+
+
+def _entropy(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cross-entropy less 0.1 times the entropy of the prediction."""
+    p = softmax(z)
+    entropy = -(p * np.log(p)).sum(axis=-1, keepdims=True)
+    return p - y + z.dtype.type(0.1) * p * (np.log(p) + entropy)
+
+
+def _distillation(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Half of the label from a teacher's softmax."""
+    return softmax(z) - (y + softmax(np.cos(3 * z))) / 2
+
+
+LOSSES = {
+    "cross_entropy": lambda z, y: softmax(z) - y,
+    "bce_mean": lambda z, y: (sigmoid(z) - y) / z.dtype.type(z.shape[-1]),
+    "bce_sum": lambda z, y: sigmoid(z) - y,
+    "focal": _focal,
+    "squared_softmax": _squared_softmax,
+    "squared_logits": lambda z, y: z.dtype.type(2 / z.shape[-1]) * (z - y),
+    "class_weights": _class_weights,
+    "logit_adjustment": _logit_adjustment,
+    "entropy": _entropy,
+    "distillation": _distillation,
+}
 
 
 def draw_labels(rng: np.random.Generator, kind: str, count: int, classes: int) -> np.ndarray:
     order = np.argsort(rng.random((count, classes)), axis=1)
     units = np.eye(classes)[order]
-    if kind == "hard":
-        return units[:, 0]
-    if kind == "smoothing":
-        strength = rng.uniform(0.05, 0.5, (count, 1))
-        return (1 - strength) * units[:, 0] + strength / classes
-    if kind == "mixup":
-        share = rng.uniform(0.1, 0.9, (count, 1))
-        return share * units[:, 0] + (1 - share) * units[:, 1]
-    if kind == "five_way":
-        ways = min(5, classes)
-        return np.einsum("nk,nkc->nc", rng.dirichlet(np.full(ways, 5.0), count), units[:, :ways])
-    if kind == "dense":
-        return rng.dirichlet(np.ones(classes), count)
-    if kind == "multi":
-        return (rng.random((count, classes)) < 0.3).astype(float)
-    raise ValueError(f"no such label: {kind!r}")
+    ways = min(5, classes)
+    strength, share = rng.uniform(0.05, 0.5, (count, 1)), rng.uniform(0.1, 0.9, (count, 1))
+    make = {
+        "hard": lambda: units[:, 0],
+        "smoothing": lambda: (1 - strength) * units[:, 0] + strength / classes,
+        "mixup": lambda: share * units[:, 0] + (1 - share) * units[:, 1],
+        "five_way": lambda: np.einsum("nk,nkc->nc", rng.dirichlet(np.full(ways, 5.0), count), units[:, :ways]),
+        "dense": lambda: rng.dirichlet(np.ones(classes), count),
+        "multi": lambda: (rng.random((count, classes)) < 0.3).astype(float),
+    }
+    return make[kind]()
 
 
 def draw_features(rng: np.random.Generator, kind: str, count: int, examples: int, features: int) -> np.ndarray:

@@ -169,10 +169,10 @@ def _is_one(batch_size: BatchSize) -> bool:
 
 
 def _batch_options(options: dict[str, Any]) -> dict[str, Any]:
-    refused = sorted(set(options) - {"reduction", "unknown_scale", "progress"})
+    refused = sorted(set(options) - {"reduction", "unknown_scale", "loss", "progress"})
     if refused:
         raise ValueError(
             f"{' and '.join(refused)} {'is' if len(refused) == 1 else 'are'} for batch_size=1 only; a batch takes"
-            " reduction, unknown_scale and progress"
+            " reduction, unknown_scale, loss and progress"
         )
     return options

@@ -3,28 +3,27 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.batches.component import Component, Divisor
+from softinv_jax.batches.batch_search import BatchAsked, BatchOutcome, search_all
+from softinv_jax.batches.component import Component
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.evidence import example_surprise, joint_surprise
-from softinv_jax.batches.joint import JointFit
-from softinv_jax.batches.scale_search import search_any_scale
-from softinv_jax.batches.search import search_batch
-from softinv_jax.batches.subspace import BatchSubspace, batch_subspace
 from softinv_jax.float64 import in_float64
+from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.explanations import SHARP_LABEL, UNIQUE_SURPRISE
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.observation.head import Observation, append_bias, observe
 
-__all__ = ["BatchRecovery", "Reduction", "recover_batch"]
+__all__ = ["BatchLoss", "BatchRecovery", "Reduction", "recover_batch"]
 
 Reduction = Literal["mean", "sum"]
+BatchLoss = Literal["auto", "cross_entropy", "weighted_cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,10 @@ class BatchRecovery:
         (C,) standard deviation, per entry of each row of the gradient, of what is not of that rank.
       scale: the factor on the gradient, 1 unless it was to be found; NaN where no example was. scale_deviation: its
         standard deviation.
+      factor: (B,) the factor of each example beside `scale`: class weights, or how often the example is there; 1 unless
+        the gradient says otherwise. factor_deviation: (B,).
+      loss: a `Loss`. refuted: `Assumption` flags of what was told or taken for granted and is not so; in words by
+        `softinv_jax.labels.assumptions.explain_assumptions`.
       joint_misfit: root mean square residual of the whole gradient in standard deviations, all examples together; NaN
         unless all were found. joint_surprise: nats, of all of them together.
       residual: relative distance between the gradient and the one that all solutions give together, those included that
@@ -62,6 +65,10 @@ class BatchRecovery:
     noise: np.ndarray
     scale: float
     scale_deviation: float
+    factor: np.ndarray
+    factor_deviation: np.ndarray
+    loss: int
+    refuted: int
     joint_misfit: float
     joint_surprise: float
     residual: float
@@ -73,6 +80,7 @@ def recover_batch(
     *,
     reduction: Reduction = "mean",
     unknown_scale: bool = False,
+    loss: BatchLoss = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> BatchRecovery:
     """Recover every example of one batch from the gradient of its loss.
@@ -82,14 +90,17 @@ def recover_batch(
 
     Args:
       observation: `weight_gradient` (C, d), with `bias_gradient` (C,) for a head with a bias.
-      batch_size: B < C, B <= d; or `auto`: the numerical rank of the gradient.
+      batch_size: B < C, B <= d; or `auto`: the numerical rank of the gradient. Where the rank shows another number,
+        that is tried too, and said in `refuted`.
       reduction: whether the loss was the mean or the sum over the batch. (With `auto` the mean is over the rank.) Where
         the scale is unknown, it only says what `scale` is relative to.
       unknown_scale: the gradient carries an unknown factor, of either sign (learning rate, mean or sum).
+      loss: `auto` tries plain cross-entropy, then a factor on each example (class weights, focal loss with hard labels,
+        one image twice); or the name of the one it is.
       progress: called with (examples found, B).
 
     Returns:
-      A `BatchRecovery`.
+      A `BatchRecovery`, with as many rows as there are examples (those that were found, where another number was told).
 
     Raises:
       ValueError: for arrays `observe` refuses, more than one gradient, or a batch size that cannot be.
@@ -110,116 +121,133 @@ def recover_batch(
                 f" {number_of_classes}, and not larger than the number of features, d = {features}, can be separated:"
                 " their gradient has lower rank than the batch has examples"
             )
-    if reduction not in ("mean", "sum"):
+    if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    return _recover_batch(observation, batch_size, reduction, unknown_scale, progress or (lambda found, total: None))
+    if loss not in get_args(BatchLoss):
+        raise ValueError(f"loss of a batch must be one of {', '.join(get_args(BatchLoss))}, not {loss!r}")
+    asked = BatchAsked(None if batch_size == "auto" else int(batch_size), reduction == "mean", not unknown_scale, loss)
+    return _recover_batch(observation, asked, progress or (lambda found, total: None))
 
 
 @in_float64
-def _recover_batch(
-    observation: Observation,
-    batch_size: int | Literal["auto"],
-    reduction: Reduction,
-    unknown_scale: bool,
-    progress: Callable[[int, int], None],
-) -> BatchRecovery:
+def _recover_batch(observation: Observation, asked: BatchAsked, progress: Callable[[int, int], None]) -> BatchRecovery:
     dtype = np.dtype(observation.weight_gradient.dtype)
-    has_bias = observation.bias is not None
     weight, gradient = append_bias(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), observation))
-    largest = None if batch_size == "auto" else batch_size
     known_noise = None if observation.noise is None else np.asarray(observation.noise, np.float64)
-    subspace, right, singular_values = batch_subspace(
-        weight, gradient, largest, dtype, has_bias=has_bias, known_noise=known_noise
-    )
-    rank = subspace.singular_values.size
-    total = largest or rank
-    usual = 1.0 if reduction == "sum" else float(total)
-    found: list[Component] = []
-    joint = None
-    divisor = Divisor(math.nan) if unknown_scale else Divisor(usual)
-    has_signal = singular_values[0] > 0
-    if has_signal and unknown_scale:
-        divisor, found, joint = search_any_scale(subspace, progress, total)
-    elif has_signal:
-        found, joint = search_batch(subspace, divisor, progress, total)
-    return _finish(observation, gradient, subspace, right, singular_values, (divisor, found, joint), usual, total)
+    outcome = search_all(weight, gradient, dtype, known_noise, observation.bias is not None, asked, progress)
+    rows = _Rows(outcome, observation.weight.shape)
+    rows.fill()
+    rows.conclude()
+    return _finish(observation, gradient, outcome, rows)
 
 
-def _finish(
-    observation: Observation,
-    gradient: jax.Array,
-    subspace: BatchSubspace,
-    right: np.ndarray,
-    singular_values: np.ndarray,
-    search: tuple[Divisor, list[Component], JointFit | None],
-    usual: float,
-    total: int,
-) -> BatchRecovery:
-    """Verdicts and arrays. `usual`: D at scale 1."""
-    divisor, found, joint = search
-    rank = subspace.singular_values.size if singular_values[0] > 0 else 0
-    number_of_classes, features = observation.weight.shape
-    label = np.full((total, number_of_classes), np.nan)
-    feature = np.full((total, features), np.nan)
-    label_deviation, feature_deviation = np.full_like(label, np.nan), np.full((total,), np.nan)
-    targets = np.full((total, TARGETS), -1, np.int32)
-    surprise, misfit = np.full((total,), np.nan), np.full((total,), np.nan)
-    verdict = np.full((total,), Verdict.NO_SIGNAL if rank == 0 else Verdict.NOT_FOUND, np.int32)
-    together = math.nan
-    known_divisor = divisor.deviation == 0
-    predicted = np.zeros(gradient.shape)
-    for row, one in enumerate(found):
-        structured = _structured(one, number_of_classes) if joint is None else joint.label[row]
-        coordinates = one.coordinates if joint is None else joint.coordinates[row]
-        full = right @ coordinates
-        label[row], feature[row] = structured, full[:features]
-        # As the joint fit does: residuals larger than expected mean more noise than expected.
-        own_deviation = one.label_deviation * max(float(one.misfit), 1.0)
-        label_deviation[row] = own_deviation if joint is None else joint.label_deviation[row]
+class _Rows:
+    """The arrays of a `BatchRecovery`, one row an example."""
+
+    def __init__(self, outcome: BatchOutcome, shape: tuple[int, ...]) -> None:
+        number_of_classes, features = shape
+        self.outcome, self.total = outcome, max(outcome.total, len(outcome.found))
+        self.label = np.full((self.total, number_of_classes), np.nan)
+        self.feature = np.full((self.total, features), np.nan)
+        self.label_deviation = np.full_like(self.label, np.nan)
+        self.feature_deviation = np.full((self.total,), np.nan)
+        self.targets = np.full((self.total, TARGETS), -1, np.int32)
+        self.surprise, self.misfit = np.full((self.total,), np.nan), np.full((self.total,), np.nan)
+        self.factor, self.factor_deviation = np.full((self.total,), np.nan), np.full((self.total,), np.nan)
+        nothing = Verdict.NO_SIGNAL if outcome.spaces.rank == 0 else Verdict.NOT_FOUND
+        self.verdict = np.full((self.total,), nothing, np.int32)
+        self.predicted = np.zeros((number_of_classes, len(outcome.spaces.right)))
+        self.together = math.nan
+
+    @property
+    def own_divisors(self) -> bool:
+        return self.outcome.loss == Loss.WEIGHTED_CROSS_ENTROPY or self.outcome.multiples is not None
+
+    def fill(self) -> None:
+        """Every example that was found."""
+        outcome, joint = self.outcome, self.outcome.joint
+        subspace, right = outcome.spaces.subspace, outcome.spaces.right
+        features = self.feature.shape[1]
+        known = outcome.divisor.deviation == 0
+        for row, one in enumerate(outcome.found):
+            structured = _structured(one, self.label.shape[1]) if joint is None else joint.label[row]
+            coordinates = one.coordinates if joint is None else joint.coordinates[row]
+            full = right @ coordinates
+            self.label[row], self.feature[row] = structured, full[:features]
+            # As the joint fit does: residuals larger than expected mean more noise than expected.
+            own_deviation = one.label_deviation * max(float(one.misfit), 1.0)
+            self.label_deviation[row] = own_deviation if joint is None else joint.label_deviation[row]
+            divisor, relative = outcome.divisor.value, 0.0
+            if joint is not None:
+                self.feature_deviation[row] = np.sqrt(np.sum(joint.coordinates_deviation[row] ** 2) / features)
+                if self.own_divisors:
+                    divisor, relative = float(joint.divisors[row]), float(joint.divisors_deviation[row])
+            self.factor[row] = outcome.usual / divisor if self.own_divisors else 1.0
+            self.factor_deviation[row] = abs(self.factor[row]) * relative
+            weights = np.where(one.targets >= 0, structured[one.targets], -np.inf)
+            self.targets[row] = one.targets[np.argsort(-weights)]
+            self.surprise[row] = example_surprise(subspace, one, known_divisor=known and not self.own_divisors)
+            self.misfit[row] = one.misfit
+            prediction = np.asarray(jax.nn.softmax(subspace.directions @ coordinates))
+            self.predicted += np.outer(prediction - structured, full) / divisor
         if joint is not None:
-            feature_deviation[row] = np.sqrt(np.sum(joint.coordinates_deviation[row] ** 2) / features)
-        weights = np.where(one.targets >= 0, structured[one.targets], -np.inf)
-        targets[row] = one.targets[np.argsort(-weights)]
-        surprise[row] = example_surprise(subspace, one, known_divisor=known_divisor)
-        misfit[row] = one.misfit
-        prediction = np.asarray(jax.nn.softmax(subspace.directions @ coordinates))
-        predicted += np.outer(prediction - structured, full) / divisor.value
-    if joint is not None:
-        together = joint_surprise(subspace, found, known_divisor=known_divisor)
-    for row, one in enumerate(found):
-        accident = max(surprise[row], np.nan_to_num(together, nan=-np.inf)) < UNIQUE_SURPRISE
-        vague = joint is None and TOLERANCE * one.logit_deviation > 1
-        if accident or vague:
-            # It explains its own equation, as an accident might, or too many labels do: not enough to report it.
-            label[row], feature[row], label_deviation[row] = np.nan, np.nan, np.nan
-            targets[row] = -1
-            continue
-        # Nothing confirms an example of a batch that is not explained as a whole: its own equation may have others.
-        sharp = joint is not None and TOLERANCE * np.max(label_deviation[row]) <= SHARP_LABEL
-        verdict[row] = Verdict.UNIQUE if sharp else Verdict.AMBIGUOUS
+            self.together = joint_surprise(subspace, outcome.found, known_divisor=known, own_divisors=self.own_divisors)
+
+    def conclude(self) -> None:
+        """Verdicts; what is not sure enough is not told."""
+        joint = self.outcome.joint
+        lost = int(Assumption.SOFTMAX | Assumption.ALL_ENTRIES)
+        if self.outcome.refuted & lost:
+            self.verdict[:] = np.where(self.verdict == Verdict.NO_SIGNAL, self.verdict, Verdict.REFUTED)
+        for row, one in enumerate(self.outcome.found):
+            accident = max(self.surprise[row], np.nan_to_num(self.together, nan=-np.inf)) < UNIQUE_SURPRISE
+            vague = joint is None and TOLERANCE * one.logit_deviation > 1
+            if accident or vague or self.outcome.refuted & lost:
+                # It explains its own equation, as an accident might, or too many labels do: not enough to report it.
+                self.label[row], self.feature[row], self.label_deviation[row] = np.nan, np.nan, np.nan
+                self.targets[row], self.factor[row], self.factor_deviation[row] = -1, np.nan, np.nan
+                continue
+            # Nothing confirms an example of a batch that is not explained as a whole: its own equation may have others.
+            sharp = joint is not None and TOLERANCE * np.max(self.label_deviation[row]) <= SHARP_LABEL
+            # A factor of its own bends any label but a hard one, as it does for one example.
+            supple = self.outcome.loss == Loss.WEIGHTED_CROSS_ENTROPY and not self._is_hard(row)
+            self.verdict[row] = Verdict.CONDITIONAL if supple else Verdict.UNIQUE
+            if not sharp:
+                self.verdict[row] = Verdict.AMBIGUOUS
+
+    def _is_hard(self, row: int) -> bool:
+        unit = np.eye(self.label.shape[1])[np.argmax(self.label[row])]
+        return bool(np.all(np.abs(self.label[row] - unit) <= TOLERANCE * self.label_deviation[row] + 1e-6))
+
+
+def _finish(observation: Observation, gradient: jax.Array, outcome: BatchOutcome, rows: _Rows) -> BatchRecovery:
+    divisor, joint = outcome.divisor, outcome.joint
     size = np.linalg.norm(gradient)
-    if not np.any((verdict == Verdict.UNIQUE) | (verdict == Verdict.AMBIGUOUS)) and not known_divisor:
-        divisor = Divisor(math.nan, math.nan)
-    scale = usual / divisor.value
-    residual = np.linalg.norm(np.asarray(gradient) - predicted) / (size if size else 1.0)
+    scale, deviation = outcome.usual / divisor.value, divisor.deviation
+    if not np.any(rows.verdict >= Verdict.AMBIGUOUS) and deviation != 0:
+        scale, deviation = math.nan, math.nan
     kind = np.promote_types(np.dtype(observation.weight_gradient.dtype), np.float32)
     return BatchRecovery(
-        label=label.astype(kind),
-        feature=feature.astype(kind),
-        label_deviation=label_deviation.astype(kind),
-        feature_deviation=feature_deviation.astype(kind),
-        targets=targets,
-        verdict=verdict,
-        surprise=surprise,
-        misfit=misfit,
-        rank=rank,
-        singular_values=singular_values,
-        noise=np.asarray(subspace.noise),
+        label=rows.label.astype(kind),
+        feature=rows.feature.astype(kind),
+        label_deviation=rows.label_deviation.astype(kind),
+        feature_deviation=rows.feature_deviation.astype(kind),
+        targets=rows.targets,
+        verdict=rows.verdict,
+        surprise=rows.surprise,
+        misfit=rows.misfit,
+        rank=outcome.spaces.rank,
+        singular_values=outcome.spaces.singular_values,
+        noise=np.asarray(outcome.spaces.subspace.noise),
         scale=scale,
-        scale_deviation=abs(scale) * divisor.deviation,
+        scale_deviation=abs(scale) * deviation,
+        factor=rows.factor,
+        factor_deviation=rows.factor_deviation,
+        loss=int(outcome.loss),
+        refuted=outcome.refuted,
         joint_misfit=math.nan if joint is None else float(joint.misfit),
-        joint_surprise=together,
-        residual=float(residual),
+        joint_surprise=rows.together,
+        residual=float(np.linalg.norm(np.asarray(gradient) - rows.predicted) / (size if size else 1.0)),
     )
 
 

@@ -32,11 +32,14 @@ def example_surprise(subspace: BatchSubspace, one: Component, *, known_divisor: 
     return _surplus(subspace, [one], unknowns=2 * one.coordinates.size + (not known_divisor))
 
 
-def joint_surprise(subspace: BatchSubspace, found: list[Component], *, known_divisor: bool) -> float:
+def joint_surprise(
+    subspace: BatchSubspace, found: list[Component], *, known_divisor: bool, own_divisors: bool = False
+) -> float:
     """Nats of the agreement of all equations together, as `example_surprise` counts them for one."""
     rank = subspace.singular_values.size
+    divisors = rank if own_divisors else int(not known_divisor)
     # B^2 coordinates, which leave the duals no freedom, and a level each.
-    return _surplus(subspace, found, unknowns=rank * rank + rank + (not known_divisor))
+    return _surplus(subspace, found, unknowns=rank * rank + rank + divisors)
 
 
 def _surplus(subspace: BatchSubspace, examples: list[Component], unknowns: int) -> float:

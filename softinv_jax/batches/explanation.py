@@ -18,15 +18,23 @@ SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given cr
 LARGEST_JOINT = 6144
 
 
-def fit_found(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> JointFit | None:
-    """The joint fit of all examples, from where they were found; NumPy. None where it would be too large."""
+def fit_found(
+    subspace: BatchSubspace, found: list[Component], divisor: Divisor, divisors: np.ndarray | None = None
+) -> JointFit | None:
+    """The joint fit of all examples, from where they were found; NumPy. None where it would be too large.
+
+    Args:
+      divisors: (n,) D of each example, where they have their own.
+    """
     rank = subspace.singular_values.size
     if rank * (rank + TARGETS) > LARGEST_JOINT:
         return None
     coordinates = jnp.asarray([one.coordinates for one in found])
     targets = np.array([one.targets for one in found], np.int32)
     weights = jnp.asarray([np.where(one.targets >= 0, one.label[one.targets] - one.level, 0.0) for one in found])
-    return jax.tree.map(np.asarray, fit_jointly(subspace, coordinates, weights, jnp.asarray(targets), divisor))
+    own = {} if divisors is None else {"divisors": jnp.asarray(divisors), "own_divisors": True}
+    fit = fit_jointly(subspace, coordinates, weights, jnp.asarray(targets), divisor, **own)
+    return jax.tree.map(np.asarray, fit)
 
 
 def explains(joint: JointFit) -> bool:

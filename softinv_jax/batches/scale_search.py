@@ -21,7 +21,7 @@ from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.explanations import UNIQUE_SURPRISE
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["search_any_scale"]
+__all__ = ["search_any_scale", "solutions_of_any_size"]
 
 RATIO = 1.5  # Between one size of the starts and the next,
 SMALLEST, LARGEST = 0.2, 300.0  # in ranges of the logits,
@@ -50,7 +50,7 @@ def search_any_scale(subspace: BatchSubspace, progress: Callable[[int, int], Non
     best: Found = (Divisor(np.nan, np.nan), [], None)
     for hypothesis in _hypotheses(subspace):
         found, joint = search_batch(subspace, hypothesis, progress, total)
-        divisor = hypothesis if joint is None else _fine(joint.divisor, joint.divisor_deviation)
+        divisor = hypothesis if joint is None else _fine(joint.divisors[0], joint.divisors_deviation[0])
         if _is_certain(subspace, found, joint):
             return divisor, found, joint
         if len(found) > len(best[1]) or (joint is not None and best[2] is None):
@@ -70,13 +70,13 @@ def _hypotheses(subspace: BatchSubspace) -> Iterator[Divisor]:
                 tried.append(hypothesis)
                 yield hypothesis
 
-    for solved in _solutions(subspace):
+    for solved in solutions_of_any_size(subspace):
         pool = distinct([*pool, *(one for one in solved if is_plausible(one))], values, LARGEST_POOL)
         yield from untried(_agreed(subspace, pool, alone=False)[:HYPOTHESES])
     yield from untried(_agreed(subspace, pool, alone=True)[:LAST_HYPOTHESES])
 
 
-def _solutions(subspace: BatchSubspace) -> Iterator[list[Component]]:
+def solutions_of_any_size(subspace: BatchSubspace) -> Iterator[list[Component]]:
     """Solutions of single equations without duality, from starts of one size after the other."""
     observed = np.asarray(subspace.left) * np.asarray(subspace.singular_values)
     sizes = np.geomspace(SMALLEST, LARGEST, 1 + round(np.log(LARGEST / SMALLEST) / np.log(RATIO)))

@@ -154,13 +154,15 @@ def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:
 def _is_supple(best: Consensus, outcome: Outcome, asked: Asked, few_digits: jax.Array) -> jax.Array:
     """() bool: the loss that was found has so much freedom that others have nearly the same gradients.
 
-    A factor that nobody told, or logits that err, of a label that is not zero outside its classes: focal loss with
-    smoothing. A factor and a temperature: squared error, for one. (Where a label is zero, kappa u is p whatever the
-    factor.)
+    A factor that nobody told, or logits that err: focal loss and class weights give every label but a hard one shares
+    of their own. (Where one class alone is singled out over zero, kappa u is p outside it, whatever the factor.) A
+    factor and a temperature: squared error, for one.
     """
     smoothed = jnp.abs(best.level) > TOLERANCE * best.level_deviation
-    found_factor = outcome.scale & smoothed if asked.told_scale else jnp.zeros((), bool)
-    found_factor = found_factor | ((outcome.logit_error > LARGE_LOGIT_ERROR) & outcome.scalar & smoothed)
+    hard = ~smoothed & (jnp.sum(~best.agreeing) == 1)
+    found_factor = outcome.scale & ~hard if asked.told_scale else jnp.zeros((), bool)
+    errs = jnp.where(few_digits, outcome.logit_error > LARGE_LOGIT_ERROR, outcome.logit_error > 0)
+    found_factor = found_factor | (errs & outcome.scalar & ~hard)
     # Arithmetic in half precision bends the equation as another loss would.
     found_factor = found_factor | (few_digits & (outcome.loss != Loss.CROSS_ENTROPY))
     both = outcome.scalar & outcome.scale if asked.has_bias else jnp.zeros((), bool)

@@ -58,8 +58,8 @@ def test_a_curved_valley_is_followed_to_its_end() -> None:
     assert straight[0] < 0
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_blocks_of_the_joint_fit_are_its_jacobian(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bias", "own"), [(False, False), (True, False), (True, True)])
+def test_blocks_of_the_joint_fit_are_its_jacobian(bias: bool, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     classes, features, size = 12, 20, 3
     rng = np.random.default_rng(1)
     weight = rng.uniform(-0.5, 0.5, (classes, features))
@@ -72,10 +72,10 @@ def test_blocks_of_the_joint_fit_are_its_jacobian(bias: bool, monkeypatch: pytes
     subspace, right, *_ = batch_subspace(*arrays, size, np.dtype(np.float64), has_bias=bias)
     targets = jnp.asarray([[1, 2], [4, -1], [4, -1]], jnp.int32)
     start = jnp.asarray(inputs @ right), jnp.asarray([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), targets, Divisor(size, 0.01)
-    fast = joint.fit_jointly(subspace, *start)
+    fast = joint.fit_jointly(subspace, *start, own_divisors=own)
     monkeypatch.setattr(joint, "minimise", lambda values, _, *rest, **options: minimise(values, None, *rest, **options))
-    slow = joint.fit_jointly.__wrapped__(subspace, *start)
+    slow = joint.fit_jointly.__wrapped__(subspace, *start, own_divisors=own)
     np.testing.assert_allclose(fast.coordinates_deviation, slow.coordinates_deviation, rtol=1e-4)
     np.testing.assert_allclose(fast.label_deviation, slow.label_deviation, rtol=1e-4)
-    np.testing.assert_allclose(fast.divisor_deviation, slow.divisor_deviation, rtol=1e-4)
+    np.testing.assert_allclose(fast.divisors_deviation, slow.divisors_deviation, rtol=1e-4)
     np.testing.assert_allclose(fast.label, slow.label, atol=1e-9)
