@@ -6,11 +6,15 @@ one averaged gradient. The client's side, for experiments, is in `softinv_jax.cl
 """
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
+from softinv_jax.batches.class_counts import ClassCounts, count_classes
+from softinv_jax.labels.assumptions import Assumption, Loss, explain_assumptions
 from softinv_jax.labels.verdicts import (
+    Assumptions,
     Candidates,
     Evidence,
     LabelFormat,
     LabelKind,
+    MeanLabel,
     Recovery,
     Verdict,
     verdict_names,
@@ -20,15 +24,22 @@ from softinv_jax.observation.updates import ObservedUpdate, observe_update, obse
 from softinv_jax.recoveries import recover, recover_many, recover_update
 
 __all__ = [
+    "Assumption",
+    "Assumptions",
     "BatchRecovery",
     "Candidates",
+    "ClassCounts",
     "Evidence",
     "LabelFormat",
     "LabelKind",
+    "Loss",
+    "MeanLabel",
     "Observation",
     "ObservedUpdate",
     "Recovery",
     "Verdict",
+    "count_classes",
+    "explain_assumptions",
     "find_head",
     "observe",
     "observe_head",

@@ -7,8 +7,10 @@ from typing import Any, Literal, TypeVar, overload
 import jax
 import numpy as np
 
-from softinv_jax.batches.batch_recovery import BatchRecovery, Reduction, recover_batch
+from softinv_jax.batches.batch_recovery import BatchLoss, BatchRecovery, Reduction, recover_batch
+from softinv_jax.batches.class_counts import ClassCounts, count_classes
 from softinv_jax.labels import many, recovery
+from softinv_jax.labels.losses import LossName
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, observe, stack_observations
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
@@ -29,9 +31,12 @@ def recover(
     batch_size: BatchSize,
     reduction: Reduction = "mean",
     unknown_scale: bool = False,
+    loss: BatchLoss = "auto",
     progress: Callable[[int, int], None] | None = None,
-) -> BatchRecovery: ...
-def recover(observation: Observation, *, batch_size: BatchSize = 1, **options: Any) -> Recovery | BatchRecovery:
+) -> BatchRecovery | ClassCounts: ...
+def recover(
+    observation: Observation, *, batch_size: BatchSize = 1, **options: Any
+) -> Recovery | BatchRecovery | ClassCounts:
     """Recover the soft labels and last-layer features behind one gradient of a last layer.
 
     >>> import numpy as np
@@ -50,19 +55,23 @@ def recover(observation: Observation, *, batch_size: BatchSize = 1, **options: A
       observation: `weight_gradient` (C, d); see `observe`.
       batch_size: how many examples the gradient is the mean of. 1 is pure and works under `jax.jit` and `jax.vmap`;
         larger ones, or `auto` (the gradient's numerical rank), search on the host.
-      options: for one example `method`, `unknown_scale`, `label_format` and `thorough`, as
-        `softinv_jax.labels.recovery.recover` describes them; for a batch `reduction`,
-        `unknown_scale` and `progress`, as `softinv_jax.batches.batch_recovery.recover_batch` does.
+      options: for one example `method`, `unknown_scale`, `label_format`, `loss`, `approximate` and `thorough`, as
+        `softinv_jax.labels.recovery.recover` describes them; for a batch `reduction`, `unknown_scale`, `loss` and
+        `progress`, as `softinv_jax.batches.batch_recovery.recover_batch` does.
 
     Returns:
-      A `Recovery`, or a `BatchRecovery` for another batch size than 1.
+      A `Recovery`; a `BatchRecovery` for another batch size than 1; `ClassCounts`, the mean label and counts of classes,
+      for as many examples as classes or more, which nothing tells apart.
 
     Raises:
       ValueError: for arrays `observe` refuses, and what the two functions refuse.
     """
     if _is_one(batch_size):
         return recovery.recover(observation, **options)
-    return recover_batch(observation, batch_size, **_batch_options(options))
+    options = _batch_options(options)
+    if _is_too_large(observation, batch_size):
+        return _count(observation, batch_size, options)
+    return recover_batch(observation, batch_size, **options)
 
 
 @overload
@@ -76,11 +85,12 @@ def recover_many(
     batch_size: BatchSize,
     reduction: Reduction = "mean",
     unknown_scale: bool = False,
+    loss: BatchLoss = "auto",
     progress: Callable[[int, int], None] | None = None,
-) -> list[BatchRecovery]: ...
+) -> list[BatchRecovery] | list[ClassCounts]: ...
 def recover_many(
     observation: Observation, *, batch_size: BatchSize = 1, **options: Any
-) -> Recovery | list[BatchRecovery]:
+) -> Recovery | list[BatchRecovery] | list[ClassCounts]:
     """Recover what is behind N gradients (N, C, d), each of `batch_size` examples.
 
     >>> import numpy as np
@@ -115,41 +125,57 @@ def recover_many(
     if gradients.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradients.shape}; use recover for one")
     report = options.pop("progress", None) or (lambda done, total: None)
-    recoveries = []
+    recoveries: list[BatchRecovery] = []
+    counts: list[ClassCounts] = []
     for index, gradient in enumerate(gradients):
         bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
         noise = None if observation.noise is None else observation.noise[index]
         one = Observation(observation.weight, gradient, observation.bias, bias_gradient, noise)
-        recoveries.append(recover_batch(one, batch_size, **options))
+        if _is_too_large(one, batch_size):
+            counts.append(_count(one, batch_size, options))
+        else:
+            recoveries.append(recover_batch(one, batch_size, **options))
         report(index + 1, len(gradients))
-    return recoveries
+    return counts or recoveries
 
 
 def recover_update(
-    update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None
-) -> Recovery | BatchRecovery:
+    update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None, loss: LossName = "auto"
+) -> Recovery | BatchRecovery | ClassCounts:
     """Recover what the head gives away in a client's update of a whole model; docs/frameworks.md has examples.
 
     Args:
       update: see `observe_update`.
       batch_size: examples behind the update; see `recover`.
       head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
+      loss: see `recover`.
 
     Returns:
       A `Recovery` of NumPy arrays, or a `BatchRecovery` for another batch size than 1, whose `scale`
       includes the learning rate where that is not known. Where the update is not exact, nothing is `unique`.
+      `ClassCounts` for as many examples as classes or more.
 
     Raises:
       ValueError: as `recover`, and for a head that is not found.
     """
     observation = observe_update_head(update, name=head)
     if not _is_one(batch_size):
-        batch = recover_batch(observation, batch_size, unknown_scale=not update.scale_known)
-        return batch if update.exact else as_approximate(batch)
+        batch = recover(
+            observation,
+            batch_size=batch_size,
+            unknown_scale=not update.scale_known,
+            loss=loss,  # type: ignore[arg-type]
+        )
+        return batch if update.exact or isinstance(batch, ClassCounts) else as_approximate(batch)
     # Rounding of the parameters is noise, which only the thorough search can deal with.
-    found = many.recover_many(stack_observations([observation]), unknown_scale=not update.scale_known, thorough=True)
-    one = jax.tree.map(lambda leaf: leaf[0], found)
-    return one if update.exact else as_approximate(one)
+    found = many.recover_many(
+        stack_observations([observation]),
+        unknown_scale=not update.scale_known,
+        loss=loss,
+        approximate=not update.exact,
+        thorough=True,
+    )
+    return jax.tree.map(lambda leaf: leaf[0], found)
 
 
 Result = TypeVar("Result", Recovery, BatchRecovery)
@@ -160,8 +186,32 @@ def as_approximate(recovery: Result) -> Result:
 
     What several local steps change is no noise, and no deviation covers it.
     """
-    verdict = np.where(recovery.verdict == Verdict.UNIQUE, np.int32(Verdict.AMBIGUOUS), recovery.verdict)
+    sure = (recovery.verdict == Verdict.UNIQUE) | (recovery.verdict == Verdict.CONDITIONAL)
+    verdict = np.where(sure, np.int32(Verdict.AMBIGUOUS), recovery.verdict)
     return replace(recovery, verdict=verdict)  # type: ignore[arg-type]
+
+
+def _is_too_large(observation: Observation, batch_size: BatchSize) -> bool:
+    """Whether a batch has as many examples as classes, or more than features: its gradient tells no two apart."""
+    shape = getattr(observation.weight, "shape", ())
+    return (
+        isinstance(batch_size, int | np.integer)
+        and not isinstance(batch_size, bool)
+        and len(shape) == 2
+        and (batch_size >= shape[0] or batch_size > shape[1])
+    )
+
+
+def _count(observation: Observation, batch_size: BatchSize, options: dict[str, Any]) -> ClassCounts:
+    if options.get("unknown_scale"):
+        raise ValueError(
+            f"batch_size = {batch_size} is as large as the number of classes, so that only the mean label can be known,"
+            " and that only at a known scale; give the learning rate and the reduction"
+        )
+    counts = count_classes(observation, int(batch_size), reduction=options.get("reduction", "mean"))
+    if options.get("progress"):
+        options["progress"](int(batch_size), int(batch_size))
+    return counts
 
 
 def _is_one(batch_size: BatchSize) -> bool:

@@ -31,6 +31,7 @@ LossName = Literal["auto", "cross_entropy", "weighted_cross_entropy", "tempered_
 
 # Of the strongest row: half precision reaches further down.
 UNDERFLOW = 1e-6
+AS_LIKELY = 2.0  # In twice the logarithm of the evidence.
 # Standard deviations of logits, from a tenth of what TF32 does to logits of size 1 to what bfloat16 does to large ones.
 CLIENT_ERRORS = tuple(2.0 ** -np.arange(14, 3, -1))
 
@@ -139,23 +140,25 @@ def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:
     few_digits = reading.leftover.few_digits & ~reading.is_rounding
     noisy = ~reading.is_rounding & ~few_digits
 
-    def unsettled(state: tuple[jax.Array, Outcome]) -> jax.Array:
-        index, kept = state
+    def unsettled(state: tuple[jax.Array, Outcome, jax.Array]) -> jax.Array:
+        index, kept, _ = state
         # What fits as it should under noise needs no other loss, and coarse arithmetic is lost in it.
         settled = jnp.where(noisy, kept.unique | kept.listed[0] | (index >= len(trials)), kept.unique & ~few_digits)
         return (index < len(rows)) & ~(settled & (kept.logit_error == 0))
 
-    def proceed(state: tuple[jax.Array, Outcome]) -> tuple[jax.Array, Outcome]:
-        index, kept = state
+    def proceed(state: tuple[jax.Array, Outcome, jax.Array]) -> tuple[jax.Array, Outcome, jax.Array]:
+        index, kept, lowest = state
         new = attempt(index)
         told, other = kept.explanations.found.surprise[0], new.explanations.found.surprise[0]
         # One of several tried, and by as much as sets it apart from the one that was told.
         bound = UNIQUE_SURPRISE + jnp.log(1.0 * len(trials)) + jnp.maximum(told, 0.0)
         another_loss = new.unique & (other >= bound)
-        likelier = (kept.loss == losses[0]) & (new.explanations.cost < kept.explanations.cost)
+        # Of errors that are about as likely the largest: what it states holds for the smaller ones too.
+        likelier = (kept.loss == losses[0]) & (new.explanations.cost < lowest + AS_LIKELY)
         coarser = new.listed[0] & (~kept.listed[0] | likelier)
         better = (index == 0) | jnp.where(index < len(trials), another_loss, coarser)
-        return index + 1, jax.tree.map(lambda a, b: jnp.where(better, a, b), new, kept)
+        lowest = jnp.where(better, jnp.minimum(lowest, new.explanations.cost), lowest)
+        return index + 1, jax.tree.map(lambda a, b: jnp.where(better, a, b), new, kept), lowest
 
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(attempt, jnp.int32(0)))
-    return jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), nothing))[1]
+    return jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), nothing, jnp.asarray(jnp.inf)))[1]

@@ -47,7 +47,11 @@ def explain_by_likelihood(
         unknowns,
         steps=0,
     )
-    reach = TOLERANCE * fit.label_deviation
+    # A scale taken on trust errs too, as far as the label confirms it.
+    by_scale = jnp.abs(equation.left) * described.factor_deviation
+    free = jnp.asarray(unknowns.scalar) | jnp.asarray(unknowns.scale)
+    label_deviation = jnp.where(free, fit.label_deviation, jnp.hypot(fit.label_deviation, by_scale))
+    reach = TOLERANCE * label_deviation
     valid = (fit.label >= -2 * reach) & (fit.label <= 1 + 2 * reach) & (reach <= 0.5)
     fits = jnp.all(valid) & (fit.misfit <= (TOLERANCE / 2) ** 2)
     described = replace(
@@ -57,8 +61,8 @@ def explain_by_likelihood(
         level=level,
         level_deviation=fit.level_deviation,
         label=fit.label,
-        label_deviation=fit.label_deviation,
-        deviation_without_one=jnp.hypot(fit.label_deviation, described.deviation_without_one),
+        label_deviation=label_deviation,
+        deviation_without_one=jnp.hypot(label_deviation, described.deviation_without_one),
         scalar_deviation=fit.scalar_deviation,
         misfit=fit.misfit,
     )

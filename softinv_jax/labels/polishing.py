@@ -25,6 +25,8 @@ __all__ = ["polish_consensus"]
 
 # Gauss-Newton from a triple's root is quadratic; the rounds let classes join or leave.
 POLISH_STEPS = 6
+# A factor that somebody forgot is further off: rates, means for sums, clipping.
+CONFIRMED_SCALE = 0.25
 
 
 class _Point(NamedTuple):
@@ -166,6 +168,12 @@ def _describe(
 ) -> Consensus:
     scalar, factor, _, label, deviation = point
     solution = _solve(equation, point, agreeing, unknowns)
+    scale_variance = _scale_variance(equation, point, agreeing)
+    # In closed form the scale is taken on trust: as far as the label itself confirms it, it can still err.
+    confirmed = TOLERANCE * jnp.sqrt(scale_variance) <= CONFIRMED_SCALE * jnp.abs(factor)
+    confirmed = confirmed & (equation.logit_error == 0)
+    trusted = jnp.where(confirmed, scale_variance, 0.0)
+    solution = solution._replace(factor_variance=either(_nothing_fitted(unknowns), trusted, solution.factor_variance))
     spread, level_variance = _spread(equation, point, agreeing, solution, unknowns)
     freedom = jnp.maximum(jnp.sum(agreeing) - fitted_parameters(unknowns), 1)
     misfit = jnp.sum(jnp.where(agreeing, ((label - solution.level) / deviation) ** 2, 0.0)) / freedom
@@ -177,7 +185,9 @@ def _describe(
     gradient = factor * equation.left
     independent, levels = independent_classes(point.prediction, margin, agreeing & (jnp.abs(gradient) > margin))
     nats = jnp.where(independent, surprise_of(margin, gradient), 0.0)
-    closed = jnp.where(independent, _evidence_of(point, solution.level, gradient), 0.0)
+    # Where the scale is confirmed, classes that the softmax cannot tell apart agree of their own accord.
+    counted = jnp.where(confirmed, agreeing & (jnp.abs(gradient) > margin), independent)
+    closed = jnp.where(counted, _evidence_of(point, solution.level, gradient), 0.0)
     surprise = _surprise(either(_nothing_fitted(unknowns), closed, nats), agreeing, unknowns)
     surprise = surprise - _unlikely_shares(label, solution.level, agreeing)
     of_level = _level_surprise(equation, point, agreeing, solution)
@@ -199,6 +209,13 @@ def _describe(
         fits=fits,
         misfit=misfit,
     )
+
+
+def _scale_variance(equation: ScalarEquation, point: _Point, agreeing: jax.Array) -> jax.Array:
+    """() variance of kappa, were it fitted to the classes that agree; infinite where they say nothing of it."""
+    weights, total = _weights(point, agreeing)
+    left = equation.left - jnp.sum(weights * equation.left) / total
+    return 1 / jnp.sum(weights * left**2)
 
 
 def _nothing_fitted(unknowns: Unknowns) -> bool | jax.Array:

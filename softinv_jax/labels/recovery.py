@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from softinv_jax.float64 import in_float64
-from softinv_jax.labels.assumptions import Assumption, Loss
+from softinv_jax.labels.assumptions import Loss
 from softinv_jax.labels.conclusion import Asked, conclude, unexplained_outcome
 from softinv_jax.labels.exact import LISTED, explain_by_consensus
 from softinv_jax.labels.independent import explain_independent_outputs
 from softinv_jax.labels.interval import feasible_interval
 from softinv_jax.labels.losses import LossName, Outcome, judge, search_losses, trials_for
+from softinv_jax.labels.mean_label import mean_label
 from softinv_jax.labels.published import explain_by_sign, explain_by_variance
 from softinv_jax.labels.reading import Reading, feature_along, read_gradient
-from softinv_jax.labels.scalar_equation import Unknowns
+from softinv_jax.labels.scalar_equation import TOLERANCE, Unknowns
 from softinv_jax.labels.variance import FORMATS
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, append_bias, observe
@@ -203,7 +204,8 @@ def complete(
     kept = jnp.promote_types(observation.weight_gradient.dtype, jnp.float32)
     recovery = replace(recovery, feature=feature_along(observation, right, norm, recovery.scalar, pull))
     if pull is not None:  # The search was thorough.
-        several = (recovery.assumptions.refuted & jnp.int32(Assumption.ONE_EXAMPLE)) != 0
+        several = recovery.assumptions.examples == 0
+        several = several & (recovery.verdict != Verdict.NO_SIGNAL)
         recovery = jax.lax.cond(several, partial(_of_several, observation), lambda one: one, recovery)
     return jax.tree.map(lambda leaf: leaf.astype(kept) if leaf.dtype == jnp.float64 else leaf, recovery)
 
@@ -213,4 +215,15 @@ def _of_several(observation: Observation, recovery: Recovery) -> Recovery:
     _, gradient = append_bias(observation)
     gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
     examples = count_examples(gradient.astype(jnp.float64), significant_rounding(gradient))
-    return replace(recovery, assumptions=replace(recovery.assumptions, examples=examples))
+    recovery = replace(recovery, assumptions=replace(recovery.assumptions, examples=examples))
+    if observation.bias is None or observation.bias_gradient is None:
+        return recovery
+    # Where as many stand out as there are classes, there may be any number.
+    classes = observation.weight.shape[0]
+    likely = jnp.where(examples >= classes - 1, 4.0 * classes, jnp.maximum(1.0 * examples, 2.0))
+    arrays = observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient
+    mean = mean_label(*(array.astype(jnp.float64) for array in arrays), likely)
+    # At another scale, or of several steps, it would be no label.
+    reach = TOLERANCE * mean.deviation
+    is_label = jnp.all((mean.label >= -reach) & (mean.label <= 1 + reach))
+    return replace(recovery, mean=jax.tree.map(lambda leaf: jnp.where(is_label, leaf, jnp.nan), mean))
