@@ -60,8 +60,8 @@ def recover(
         `progress`, as `softinv_jax.batches.batch_recovery.recover_batch` does.
 
     Returns:
-      A `Recovery`; a `BatchRecovery` for another batch size than 1; `ClassCounts`, the mean label and counts of classes,
-      for as many examples as classes or more, which nothing tells apart.
+      A `Recovery`; a `BatchRecovery` for another batch size than 1; `ClassCounts`, the mean label and counts of
+      classes, for as many examples as classes or more, which nothing tells apart.
 
     Raises:
       ValueError: for arrays `observe` refuses, and what the two functions refuse.
@@ -193,13 +193,10 @@ def as_approximate(recovery: Result) -> Result:
 
 def _is_too_large(observation: Observation, batch_size: BatchSize) -> bool:
     """Whether a batch has as many examples as classes, or more than features: its gradient tells no two apart."""
-    shape = getattr(observation.weight, "shape", ())
-    return (
-        isinstance(batch_size, int | np.integer)
-        and not isinstance(batch_size, bool)
-        and len(shape) == 2
-        and (batch_size >= shape[0] or batch_size > shape[1])
-    )
+    if not isinstance(batch_size, int | np.integer) or isinstance(batch_size, bool):
+        return False
+    shape = np.shape(observation.weight)
+    return len(shape) == 2 and bool(batch_size >= min(shape[0], shape[1] + 1))
 
 
 def _count(observation: Observation, batch_size: BatchSize, options: dict[str, Any]) -> ClassCounts:

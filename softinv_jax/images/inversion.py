@@ -200,12 +200,23 @@ def _recover_heads(
     """Labels (N, B, C), features (N, B, d) and verdicts (N, B) from the head's gradients."""
     if batch_size == 1:
         return _single(recover_many(observation, unknown_scale=unknown_scale))
+    classes, features = observation.weight.shape
+    if batch_size >= min(classes, features + 1):
+        raise ValueError(
+            f"batch_size = {batch_size}, but only batches smaller than the number of classes, C = {classes}, and not"
+            f" larger than the number of features, d = {features}, can be separated into images"
+        )
     recoveries = recover_many(observation, batch_size=batch_size, unknown_scale=unknown_scale)
-    return (
-        np.stack([one.label for one in recoveries]),
-        np.stack([one.feature for one in recoveries]),
-        np.stack([one.verdict for one in recoveries]),
-    )
+    label = np.full((len(recoveries), batch_size, classes), np.nan, np.float32)
+    feature = np.full((len(recoveries), batch_size, features), np.nan, np.float32)
+    verdict = np.full((len(recoveries), batch_size), Verdict.NOT_FOUND, np.int32)
+    for index, one in enumerate(recoveries):
+        assert isinstance(one, BatchRecovery)
+        # Fewer examples, or more, than were told: those there is room for.
+        found = min(len(one.verdict), batch_size)
+        label[index, :found], feature[index, :found] = one.label[:found], one.feature[:found]
+        verdict[index, :found] = one.verdict[:found]
+    return label, feature, verdict
 
 
 def _single(result: Recovery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

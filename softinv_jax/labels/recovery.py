@@ -221,8 +221,16 @@ def _of_several(observation: Observation, recovery: Recovery) -> Recovery:
     # Where as many stand out as there are classes, there may be any number.
     classes = observation.weight.shape[0]
     likely = jnp.where(examples >= classes - 1, 4.0 * classes, jnp.maximum(1.0 * examples, 2.0))
-    arrays = observation.weight, observation.weight_gradient, observation.bias, observation.bias_gradient
-    mean = mean_label(*(array.astype(jnp.float64) for array in arrays), likely)
+    weight, gradient, bias, bias_gradient = (
+        jnp.asarray(array, jnp.float64)
+        for array in (
+            observation.weight,
+            observation.weight_gradient,
+            observation.bias,
+            observation.bias_gradient,
+        )
+    )
+    mean = mean_label(weight, gradient, bias, bias_gradient, likely)
     # At another scale, or of several steps, it would be no label.
     reach = TOLERANCE * mean.deviation
     is_label = jnp.all((mean.label >= -reach) & (mean.label <= 1 + reach))
