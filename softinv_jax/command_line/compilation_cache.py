@@ -17,7 +17,10 @@ def keep_compiled_programs() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir") is not None:  # noqa: B009 - not every jax declares it
         return
     # By machine, because a home folder may be shared between machines with different processors.
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # A user without a home.
+        return
     folder = root / "softinv" / f"jax-{jax.__version__}-{platform.node()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
-import shutil
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from softinv_jax.command_line.console import InputError, Report, progress_report, result_console
+from softinv_jax.command_line.parts_folder import claim_parts, remove_parts
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
@@ -105,24 +106,22 @@ def run(arguments: argparse.Namespace) -> None:
     # A learning rate that is not known is an unknown factor.
     arguments.unknown_scale |= arguments.updated is not None and arguments.learning_rate is None
     _check_method(arguments)
-    from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
+    from softinv_jax.command_line import observation_file, outputs, recovery_file  # noqa: PLC0415 - load jax
 
+    inputs = [arguments.observation, arguments.parameters, *(arguments.updated or [])]
+    outputs.check_apart({"--out": arguments.out}, inputs)
     statement, in_parts = None, False
     if arguments.updated is None:
         in_parts = arguments.batch_size == 1 and (arguments.chunk is not None or _is_large(arguments.observation))
         observation = observation_file.read_observation(arguments.observation, mapped=in_parts)
-        inputs = [arguments.observation]
     else:
         from softinv_jax.command_line import update_files  # noqa: PLC0415
 
         updates = update_files.read_updates(arguments)
         observation, statement = update_files.observe_heads(updates, arguments.head), updates[0].statement
-        inputs = [arguments.parameters, *arguments.updated]
     if observation.bias is not None and arguments.method == "variance":
         raise InputError("--method variance needs a head without bias; use --method exact")
-    recovery_file.check_writable(arguments.out)
-    if os.path.realpath(arguments.out) in map(os.path.realpath, inputs):
-        raise InputError(f"{arguments.out}: --out would overwrite an input; choose another name")
+    outputs.check_writable(arguments.out)
     source = {"observation": arguments.observation}
     if statement is not None:
         source = {"parameters": arguments.parameters, "updated": arguments.updated, "update": statement}
@@ -132,17 +131,18 @@ def run(arguments: argparse.Namespace) -> None:
         return
     start = time.perf_counter()
     examples = observation.weight_gradient.shape[0]
-    with progress_report() as report:
-        report(0, examples, "compiling for this shape")
-        recovery = (_recover_in_parts if in_parts else _recover_whole)(arguments, observation, report)
-    if arguments.local_steps > 1:
-        from softinv_jax.recoveries import as_approximate  # noqa: PLC0415
+    with claim_parts(_parts_folder(arguments)) if in_parts else nullcontext():
+        with progress_report() as report:
+            report(0, examples, "compiling for this shape")
+            recovery = (_recover_in_parts if in_parts else _recover_whole)(arguments, observation, report)
+        if arguments.local_steps > 1:
+            from softinv_jax.recoveries import as_approximate  # noqa: PLC0415
 
-        recovery = as_approximate(recovery)
-    seconds = time.perf_counter() - start
-    recovery_file.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
-    if in_parts:
-        shutil.rmtree(_parts_folder(arguments))
+            recovery = as_approximate(recovery)
+        seconds = time.perf_counter() - start
+        outputs.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
+        if in_parts:
+            remove_parts(_parts_folder(arguments))
 
     from softinv_jax.report.summary import recovery_summary, recovery_table  # noqa: PLC0415
 
@@ -189,7 +189,7 @@ def _recover_in_parts(arguments: argparse.Namespace, observation: "Observation",
             **_options(arguments),
         )
         return read_recovery(folder)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise InputError(f"{arguments.observation}: {error}") from error
 
 
@@ -232,7 +232,7 @@ def _batch_size(text: str) -> int | str:
 
 
 def _recover_batches(arguments: argparse.Namespace, observation: "Observation", source: dict[str, Any]) -> None:
-    from softinv_jax.command_line import recovery_file  # noqa: PLC0415
+    from softinv_jax.command_line import outputs, recovery_file  # noqa: PLC0415
     from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
     from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
 
@@ -253,7 +253,7 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
     if arguments.local_steps > 1:
         recoveries = [as_approximate(one) for one in recoveries]
     seconds = time.perf_counter() - start
-    recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
+    outputs.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
     summary = batch_summary(recoveries)
     context = source | {
         "out": arguments.out,

@@ -1,19 +1,11 @@
-"""RECOVERY.npz: what the gradients gave away, written whole or not at all."""
-
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO
+"""RECOVERY.npz: what the gradients gave away, as arrays."""
 
 import numpy as np
 
-from softinv_jax import atomic_file
 from softinv_jax.batches.batch_recovery import BatchRecovery
-from softinv_jax.command_line.console import InputError
 from softinv_jax.labels.verdicts import LabelKind, Recovery, verdict_names
 
-__all__ = ["batch_arrays", "check_writable", "kind_names", "recovery_arrays", "write_atomically", "write_npz"]
+__all__ = ["batch_arrays", "kind_names", "recovery_arrays"]
 
 
 def kind_names(codes: object) -> np.ndarray:
@@ -91,45 +83,3 @@ def batch_arrays(recoveries: list[BatchRecovery]) -> dict[str, np.ndarray]:
         "rank": np.array([one.rank for one in recoveries]),
         "joint_misfit": np.array([one.joint_misfit for one in recoveries]),
     }
-
-
-def check_writable(path: str) -> None:
-    """Fail before the work starts where `path` cannot be written.
-
-    Raises:
-      InputError: one line with the reason.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file in it")
-    if target.exists() and not target.is_file():
-        raise InputError(f"{path}: not a regular file; give the name of a file")
-    if not target.parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-
-
-def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write `arrays` under exactly this name (np.savez would append .npz), atomically.
-
-    Raises:
-      InputError: one line with the reason; what was at `path` before is then untouched.
-    """
-    # Through a file object, for the sake of the name.
-    write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-
-
-def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """`atomic_file.write_atomically`, for a path the user gave.
-
-    Raises:
-      InputError: one line with the reason; what was at `path` before is then untouched.
-    """
-    try:
-        atomic_file.write_atomically(path, write)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
