@@ -115,7 +115,8 @@ def read_recovery(folder: str | os.PathLike[str]) -> Recovery:
     loaded = []
     for path in parts:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here, because np.load leaves a file open that it cannot read.
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 loaded.append(dict(file))
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it and run recover_stream again") from error

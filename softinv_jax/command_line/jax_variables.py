@@ -11,7 +11,6 @@ __all__ = ["prepare_jax"]
 _SWITCHED_OFF = {
     "JAX_DEBUG_NANS": False,
     "JAX_DEBUG_INFS": False,
-    "JAX_DISABLE_JIT": False,
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     "JAX_NUMPY_RANK_PROMOTION": "allow",
     "JAX_TRANSFER_GUARD": "allow",
@@ -35,11 +34,12 @@ def prepare_jax() -> None:
             print(f"softinv: {variable} is not heeded: it is for developing with jax", file=sys.stderr)
     try:
         jax.devices()
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # RuntimeError for most platforms, AssertionError for CUDA where there is none.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"jax finds no device ({reason}); look at {_variables()}") from error
 
 
 def _variables() -> str:
-    names = sorted(name for name in os.environ if name.startswith(("JAX_", "XLA_", "CUDA_")))
+    prefixes = ("JAX_", "XLA_", "CUDA_")
+    names = sorted(name for name in os.environ if name.startswith(prefixes) and not name.endswith("CACHE_DIR"))
     return ", ".join(f"{name}={os.environ[name]}" for name in names) or "its installation"

@@ -37,9 +37,12 @@ def test_a_place_already_chosen_or_not_writable_is_left_alone(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     compilation_cache.keep_compiled_programs()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    jax.config.jax_compilation_cache_dir = "/elsewhere"
+    jax.config.jax_compilation_cache_dir = str(tmp_path / "elsewhere")
     compilation_cache.keep_compiled_programs()
     assert config == {}
+    jax.config.jax_compilation_cache_dir = str(tmp_path / "file" / "elsewhere")
+    compilation_cache.keep_compiled_programs()
+    assert config == {"jax_compilation_cache_dir": None}
 
 
 def test_the_command_line_can_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
