@@ -240,3 +240,15 @@ def test_interrupted_while_it_loads_and_while_it_works(tmp_path: Path) -> None:
     for process, (number, _, word) in zip(started, moments, strict=True):
         text, errors = process.communicate(timeout=60)
         assert (process.returncode, text, errors) == (128 + number, "", f"softinv: {word}\n")
+
+
+def test_the_package_loads_jax_only_when_asked() -> None:
+    """Or an interruption in the first second would come before anything of ours could answer it."""
+    program = "import sys, softinv_jax.command_line.main; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(softinv_jax.__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "False False\n"
+    assert all(getattr(softinv_jax, name) is not None for name in softinv_jax.__all__)
+    assert softinv_jax.streaming is streaming
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        softinv_jax.nonsense  # noqa: B018
