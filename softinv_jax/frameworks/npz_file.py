@@ -61,7 +61,7 @@ def map_npz(path: str, check_names: Callable[[list[str]], None] | None = None) -
       ValueError: one line that names the file, what is wrong, and the remedy.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(path, archive, check_names)
@@ -168,6 +168,8 @@ def _map_member(path: str, name: str, entry: zipfile.ZipInfo) -> np.ndarray:
         raise _RefusedError(
             f"{name} cannot be read in parts; save np.ascontiguousarray of it in this machine's byte order"
         )
+    if 0 in shape:
+        raise _RefusedError(f"{name} has shape {shape}, and so no entries; leave it out, or fill it")
     if min(shape, default=0) < 1 or offset + math.prod(shape) * dtype.itemsize != start + entry.file_size:
         raise _RefusedError(f"{name} declares shape {shape} of {dtype}, but other bytes follow; write it again")
     return np.memmap(path, dtype, "r", offset, shape)

@@ -252,3 +252,20 @@ def test_the_package_loads_jax_only_when_asked() -> None:
     assert softinv_jax.streaming is streaming
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         softinv_jax.nonsense  # noqa: B018
+
+
+def test_files_with_nothing_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("zero.npz", "zero.pt", "zero.safetensors"):
+        (tmp_path / name).touch()
+    np.savez(tmp_path / "empty.npz")
+    np.savez(tmp_path / "none.npz", weight=np.ones((10, 4)), weight_gradient=np.ones((0, 10, 4)))
+    out = ("--out", str(tmp_path / "out"))
+    for path in sorted(tmp_path.iterdir()):
+        one, two = ["recover", str(path), *out], ["recover", "--parameters", str(path), "--updated", str(path), *out]
+        for command in (one, [*one, "--chunk", "1"], two):
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert error.startswith("softinv: ")
+    assert not (tmp_path / "out.parts").exists()
