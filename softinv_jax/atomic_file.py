@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["write_atomically"]
+__all__ = ["discard_unfinished", "write_atomically"]
+
+# A short name of our own: with the target's in it, it could be longer than the file system takes.
+PREFIX = ".softinv-"
+_unfinished: set[Path] = set()
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
@@ -18,8 +22,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
     target = Path(os.path.realpath(path))
     partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=PREFIX, delete=False) as file:
             partial = Path(file.name)
+            _unfinished.add(partial)
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -31,3 +36,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+            _unfinished.discard(partial)
+
+
+def discard_unfinished() -> None:
+    """Remove temporary files that are being written: for a process that ends at once."""
+    for partial in list(_unfinished):
+        partial.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ out among its own devices. Examples know nothing of each other: how they are div
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -53,7 +55,7 @@ def recover_stream(
       folder: made if it does not exist; holds `settings.json` and one file for each finished part.
       chunk: gradients in one part, of which one or two are in memory; by default 256 MiB.
       progress: called with (gradients done, N), counting those of all processes found in the folder.
-      options: `method`, `unknown_scale`, `label_format`, `thorough` and `devices` of `recover_many`; by default all
+      options: `method`, `unknown_scale`, `label_format`, `loss`, `approximate`, `thorough` and `devices` of `recover_many`; by default all
         local devices.
 
     Raises:
@@ -84,6 +86,7 @@ def recover_stream(
             try:
                 recovery = recover_many(part, devices=devices if len(devices) > 1 else None, **options)
             except ValueError as error:
+                _name_not_finite(part, chosen.start)
                 raise ValueError(f"gradients {chosen.start} to {chosen.stop - 1}: {error}") from error
             arrays: dict[str, Any] = _arrays(recovery)
             write_atomically(path, partial(np.savez, **arrays))
@@ -111,9 +114,27 @@ def read_recovery(folder: str | os.PathLike[str]) -> Recovery:
         )
     loaded = []
     for path in parts:
-        with np.load(path, allow_pickle=False) as file:
-            loaded.append(dict(file))
+        try:
+            # Opened here, because np.load leaves a file open that it cannot read.
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+                loaded.append(dict(file))
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it and run recover_stream again") from error
     return _build(Recovery, {name: _concatenate([part[name] for part in loaded]) for name in loaded[0]})
+
+
+def _name_not_finite(part: Observation, start: int) -> None:
+    """Raise ValueError for NaN or infinite entries, counted from the first gradient of all and not of the part."""
+    for name in ("weight_gradient", "bias_gradient"):
+        array = getattr(part, name)
+        finite = np.ones(0, bool) if array is None else np.isfinite(array)
+        if not finite.all():
+            index = tuple(int(i) for i in np.argwhere(~finite)[0])
+            whole = (index[0] + start, *index[1:])
+            raise ValueError(
+                f"{name} holds {int((~finite).sum())} entries that are not finite in gradients {start} to"
+                f" {start + len(array) - 1}, the first {array[index]} at index {whole}; leave out the samples concerned"
+            )
 
 
 def _part(index: int) -> str:
@@ -164,6 +185,9 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
     """Write the settings down, or compare them with those that the folder's parts were made with."""
     path = root / SETTINGS
     if not path.exists():
+        strangers = sorted(one.name for one in root.glob("part-*.npz"))
+        if strangers:
+            raise ValueError(f"{root} holds {strangers[0]} but no {SETTINGS} that says of what; choose another folder")
         write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         return
     try:

@@ -142,8 +142,22 @@ def test_bad_input_is_named(arrays: tuple, tmp_path: Path) -> None:
         read_recovery(tmp_path)
     broken = np.array(gradients)
     broken[13, 2, 1] = np.nan
-    with pytest.raises(ValueError, match=r"gradients 12 to 23: weight_gradient holds 1 entries .* \(1, 2, 1\)"):
-        recover_stream(weight, broken, tmp_path, chunk=12, method="idlg")
+    with pytest.raises(
+        ValueError, match=r"weight_gradient holds 1 entries .* gradients 12 to 23, .* index \(13, 2, 1\)"
+    ):
+        recover_stream(weight, broken, tmp_path / "broken", chunk=12, method="idlg")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "part-00000000.npz").write_bytes(b"not ours")
+    with pytest.raises(ValueError, match=r"holds part-00000000\.npz but no settings\.json"):
+        recover_stream(weight, gradients, tmp_path / "strange", chunk=12, method="idlg")
+
+
+def test_a_damaged_part_is_named(arrays: tuple, tmp_path: Path) -> None:
+    recover_stream(*arrays, tmp_path, chunk=24, method="idlg")
+    for content in (b"", b"text", (tmp_path / "part-00000000.npz").read_bytes()[:200]):
+        (tmp_path / "part-00000000.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-00000000\.npz is damaged .*; remove it"):
+            read_recovery(tmp_path)
 
 
 def run_python(program: str, files: Path, *arguments: object, **variables: str) -> subprocess.Popen:

@@ -1,7 +1,7 @@
 """More examples than can be separated: the mean label, and how many examples each class has.
 
-Where a batch is as large as the number of classes or larger, its gradient has no rank to tell examples apart by. What is
-left is the mean label, the share of each class (`labels/mean_label`). If labels are hard, B times that share is a
+Where a batch is as large as the number of classes or larger, its gradient has no rank to tell examples apart by. What
+is left is the mean label, the share of each class (`labels/mean_label`). If labels are hard, B times that share is a
 whole number: integer least squares under the sum B finds the likeliest counts, and the deviations say which of them are
 sure. Without a bias one number is unknown, the length of the mean feature: each class then has an interval.
 """
@@ -36,8 +36,8 @@ class ClassCounts:
       likeliest: (C,) int, whole numbers that add up to B and are the likeliest if labels are hard; -1 without B.
       certainty: (C,) probability that each of them is right, if labels are hard.
       count: (C,) int, the likeliest where it is sure to `SURE`; -1 where the count cannot be known.
-      is_whole: the mean label is whole numbers over B, to within its deviations: labels are hard. False where it is not;
-        where deviations are too large to tell, `count` is -1 anyway.
+      is_whole: the mean label is whole numbers over B, to within its deviations: labels are hard. (Where deviations are
+        too large to tell, `count` is -1 anyway.)
       batch_size: B, or None.
     """
 

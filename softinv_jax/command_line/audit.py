@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softinv_jax.command_line.console import InputError, input_errors, progress_report, result_console
+from softinv_jax.command_line.outputs import check_apart, check_folder, make_folder, write_atomically, write_npz
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
@@ -101,10 +102,10 @@ def run(arguments: argparse.Namespace) -> None:
     """
     check_update_options(arguments)
     folder = Path(arguments.out)
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be made ({error.strerror}); choose another place") from error
+    check_folder(arguments.out)
+    results_file, report_file = folder / "results.json", folder / "report.html"
+    inputs = [arguments.config, arguments.parameters, *(arguments.updated or [])]
+    check_apart({"results.json": str(results_file), "report.html": str(report_file)}, inputs)
     if arguments.updated is not None:
         from softinv_jax.command_line.audit_updates import report_updates  # noqa: PLC0415 - load jax
 
@@ -116,9 +117,11 @@ def run(arguments: argparse.Namespace) -> None:
                 raise InputError(f"--{option.replace('_', '-')} goes with --updated")
         results, pages, pictures = _report_system(arguments, folder)
     text = json.dumps(results, allow_nan=False, indent=1) + "\n"
+    make_folder(folder / "figures")
     written = [_write(folder / "figures" / f"{name}.png", png) for name, png in pictures.items()]
     # The report last: where it is, it is whole, and so is everything it was made of.
-    written += [_write(folder / "results.json", text.encode()), _write(folder / "report.html", pages.encode())]
+    page = pages.encode("utf-8", "backslashreplace")  # Names of files need not be UTF-8.
+    written += [_write(results_file, text.encode()), _write(report_file, page)]
     if arguments.json:
         print(text, end="")
         return
@@ -190,7 +193,6 @@ class _KeptCells(MutableMapping[str, "Cell"]):
     """Finished cells as npz files in a folder, one each."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         self._folder = folder
 
     def _path(self, name: str) -> Path:
@@ -211,8 +213,7 @@ class _KeptCells(MutableMapping[str, "Cell"]):
         return True
 
     def __setitem__(self, name: str, cell: "Cell") -> None:
-        from softinv_jax.command_line.recovery_file import write_npz  # noqa: PLC0415
-
+        make_folder(self._folder)
         write_npz(str(self._path(name)), cell)
 
     def __delitem__(self, name: str) -> None:
@@ -226,7 +227,5 @@ class _KeptCells(MutableMapping[str, "Cell"]):
 
 
 def _write(path: Path, content: bytes) -> str:
-    from softinv_jax.command_line.recovery_file import write_atomically  # noqa: PLC0415
-
     write_atomically(os.fspath(path), lambda file: file.write(content))
     return os.fspath(path)

@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.command_line.console import InputError, input_errors, progress_report
 from softinv_jax.command_line.update_files import observe_heads, read_updates
 from softinv_jax.recoveries import BatchSize, as_approximate, recover_many
 from softinv_jax.report.audit_report import UpdateRow, render_updates_report
-from softinv_jax.report.summary import batch_summary, describe_format, recovery_summary
+from softinv_jax.report.summary import assumption_notes, batch_summary, describe_format, recovery_summary
 
 __all__ = ["report_updates"]
 
@@ -50,15 +51,22 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         options: dict[str, Any] = {"progress": lambda done, of: report(done, of, "recovering")}
         if size == 1:
             # The rounding of the parameters is noise: only the thorough search knows what to do with it.
-            found = recover_many(observation, thorough=True, unknown_scale=not known, **options)
-            summary = recovery_summary(as_approximate(found) if arguments.local_steps > 1 else found)
+            options["approximate"] = arguments.local_steps > 1
+            summary = recovery_summary(recover_many(observation, thorough=True, unknown_scale=not known, **options))
         else:
+            classes, features = observation.weight.shape
+            if size != "auto" and size >= min(classes, features + 1):
+                raise InputError(
+                    f"--batch-size {size}: with {classes} classes nothing tells so many examples apart; softinv recover"
+                    " gives their mean label and counts of classes"
+                )
             batches = recover_many(observation, batch_size=size, unknown_scale=not known, **options)
-            summary = batch_summary([as_approximate(one) if arguments.local_steps > 1 else one for one in batches])
+            whole = [one for one in batches if isinstance(one, BatchRecovery)]
+            summary = batch_summary([as_approximate(one) if arguments.local_steps > 1 else one for one in whole])
     names = [Path(path).name for path in arguments.updated]
     rows = _single_rows(names, summary) if size == 1 else _batch_rows(names, summary)
     statement = updates[0].statement
-    findings = _findings(rows, total, summary["verdicts"], arguments.local_steps)
+    findings = _findings(rows, total, summary["verdicts"], arguments.local_steps) + assumption_notes(summary)
     settings = {
         "parameters": Path(arguments.parameters).name,
         "updates": total,
@@ -127,15 +135,20 @@ def _findings(rows: list[UpdateRow], updates: int, verdicts: dict[str, int], loc
     certain, several = verdicts.get("unique", 0), verdicts.get("ambiguous", 0)
     examples = f"{len(rows)} examples behind {updates} updates" if len(rows) != updates else f"{updates} updates"
     findings = [f"The labels of {certain} of {examples} leak with certainty: only one explains each."]
+    conditional = verdicts.get("conditional", 0)
+    if conditional:
+        findings.append(f"{conditional} more leak if loss, scale and parameters are as told, which nothing confirms.")
     if several:
         findings.append(f"{several} more are narrowed down to a few labels, of which the likeliest is shown.")
     if local_steps > 1:
         findings.append("After several local steps an update is no gradient: no label is called certain.")
-    rest = {name: count for name, count in verdicts.items() if count and name not in ("unique", "ambiguous")}
+    rest = {
+        name: count for name, count in verdicts.items() if count and name not in ("unique", "conditional", "ambiguous")
+    }
     if rest:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in rest.items())
         findings.append(f"Of the rest nothing is claimed: {counts}.")
-    if certain + several:
+    if certain + conditional + several:
         findings.append(
             "With a label comes the input of the last layer, and, in a chain of invertible layers, the image"
             " (softinv invert)."

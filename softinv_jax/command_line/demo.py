@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softinv_jax.command_line.console import InputError, person_console, progress_report, result_console
+from softinv_jax.command_line.outputs import check_folder, make_folder
 
 if TYPE_CHECKING:
     from softinv_jax.client.datasets import ImageDataset
@@ -74,10 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from softinv_jax.versions import package_versions  # noqa: PLC0415
 
     folder = Path(arguments.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {arguments.out}: cannot make this folder ({error.strerror})") from error
+    check_folder(arguments.out)
     settings = experiment.Settings(
         samples=arguments.samples,
         seed=arguments.seed,
@@ -114,6 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
             "interpretation": sentence,
             "versions": package_versions(),
         }
+        make_folder(folder)
         files = demo_files.write_files(folder, examples, outcomes, batch, pictures, private, results)
     if arguments.json:
         print(json.dumps(results, allow_nan=False, indent=1))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from softinv_jax.client.datasets import ImageDataset
 from softinv_jax.command_line.demo_batch import BatchOutcome, batch_figure
 from softinv_jax.command_line.experiment import Examples, Outcome
-from softinv_jax.command_line.recovery_file import write_atomically, write_npz
+from softinv_jax.command_line.outputs import write_atomically, write_npz
 from softinv_jax.labels.verdicts import Verdict, verdict_names
 from softinv_jax.measures.label_error import feature_error, label_error
 from softinv_jax.report.figures import LabelExample, Landscape, labels_figure, landscape_figure

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -90,18 +89,17 @@ def run(arguments: argparse.Namespace) -> None:
     import jax  # noqa: PLC0415
 
     from softinv_jax.audit import models  # noqa: PLC0415 - load jax
-    from softinv_jax.command_line import model_files, recovery_file  # noqa: PLC0415
+    from softinv_jax.command_line import model_files, outputs  # noqa: PLC0415
 
     model = models.MODELS[arguments.model]
     if arguments.method == "exact" and model.chain is None:
         chains = ", ".join(name for name, other in models.MODELS.items() if other.chain is not None)
         raise InputError(f"--method exact needs a chain of layers ({chains}); use --method matching")
-    outputs = [path for path in (arguments.out, arguments.figure) if path is not None]
-    for path in outputs:
-        recovery_file.check_writable(path)
-        inputs = [arguments.parameters, *(arguments.updated or [arguments.gradients])]
-        if os.path.realpath(path) in map(os.path.realpath, inputs):
-            raise InputError(f"{path}: would overwrite an input; choose another name")
+    written = [path for path in (arguments.out, arguments.figure) if path is not None]
+    for path in written:
+        outputs.check_writable(path)
+    inputs = [arguments.parameters, arguments.gradients, *(arguments.updated or [])]
+    outputs.check_apart({"--out": arguments.out, "--figure": arguments.figure}, inputs)
     size = arguments.image_size or model.image_size
     shape = (size, size, arguments.channels)
     updates = None
@@ -123,12 +121,12 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(str(error)) from error
     seconds = time.perf_counter() - start
     arrays = _arrays(result)
-    recovery_file.write_npz(arguments.out, arrays)
+    outputs.write_npz(arguments.out, arrays)
     if arguments.figure is not None:
         from softinv_jax.report.image_figures import recovered_images_figure  # noqa: PLC0415
 
         figure = recovered_images_figure(arrays["images"], arrays["verdict"].tolist())
-        recovery_file.write_atomically(arguments.figure, lambda file: figure.savefig(file, format="png"))
+        outputs.write_atomically(arguments.figure, lambda file: figure.savefig(file, format="png"))
     summary = _summary(arguments, method, arrays, seconds, None if updates is None else updates[0].statement)
     if arguments.json:
         print(json.dumps(summary, allow_nan=False, indent=1))
@@ -137,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
     if updates is not None:
         console.print(updates[0].statement, markup=False)
     console.print(f"{len(arrays['images'])} images by {method}: {counts}.", markup=False)
-    console.print(f"Everything is in {' and '.join(outputs)}.", markup=False, soft_wrap=True)
+    console.print(f"Everything is in {' and '.join(written)}.", markup=False, soft_wrap=True)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:

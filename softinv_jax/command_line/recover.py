@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
-import shutil
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from softinv_jax.command_line.console import InputError, Report, progress_report, result_console
+from softinv_jax.command_line.parts_folder import claim_parts, remove_parts
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
@@ -34,13 +35,17 @@ one AFTER for each client. The head is found by shape and name; without --learni
 
 RECOVERY.npz holds, with NaN where nothing is recovered,
   labels (N, 1, C), features (N, 1, d), scale (N,)
-  verdict (N, 1)         unique, ambiguous, unidentifiable, no_signal, or (of a batch) not_found
+  verdict (N, 1)         unique, conditional (right if what `rests_on` names is as told), ambiguous, unidentifiable,
+                         refuted (`refuted` names what was told and is not so), no_signal, or (of a batch) not_found
   residual (N, 1)        relative distance between the gradient and what the recovery predicts
+  loss, refuted, rests_on (N, 1), examples (N,), mean_labels (N, C): what is taken for granted, and of several examples
+                         taken for one how many there are and the mean of their labels
   label_deviation (N, 1, C), kind, singled_out, weights, smoothing, scalar, interval, candidate_labels, ...
 
 With --batch-size B each gradient is the mean (or --reduction sum) over B examples, and the axis of length 1 has length
-B: labels (N, B, C), features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), rank and
-joint_misfit (N,).
+B: labels (N, B, C), features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), factor
+(N, B), rank and joint_misfit (N,). For as many examples as classes or more nothing tells them apart: mean_labels,
+interval (N, C, 2) and count (N, C) of hard labels, -1 where it cannot be known.
 
 A file larger than a quarter of the memory, or any with --chunk, is read and recovered in parts, kept in
 RECOVERY.npz.parts until all are done: the same command takes up a run that was stopped."""
@@ -77,7 +82,20 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         type=_batch_size,
         default=1,
         metavar="B",
-        help="each gradient is the mean over B examples (B < C); auto: as many as its numerical rank (default: 1)",
+        help="each gradient is the mean over B examples; auto: as many as its numerical rank (default: 1)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=(
+            "auto",
+            "cross_entropy",
+            "weighted_cross_entropy",
+            "tempered_cross_entropy",
+            "binary_cross_entropy",
+        ),
+        default="auto",
+        help="of the clients. auto (default): cross-entropy; where the gradient says otherwise, times a factor (class"
+        " weights, focal loss, another rate), with a temperature, or independent sigmoids",
     )
     parser.add_argument(
         "--reduction",
@@ -105,24 +123,22 @@ def run(arguments: argparse.Namespace) -> None:
     # A learning rate that is not known is an unknown factor.
     arguments.unknown_scale |= arguments.updated is not None and arguments.learning_rate is None
     _check_method(arguments)
-    from softinv_jax.command_line import observation_file, recovery_file  # noqa: PLC0415 - load jax
+    from softinv_jax.command_line import observation_file, outputs, recovery_file  # noqa: PLC0415 - load jax
 
+    inputs = [arguments.observation, arguments.parameters, *(arguments.updated or [])]
+    outputs.check_apart({"--out": arguments.out}, inputs)
     statement, in_parts = None, False
     if arguments.updated is None:
         in_parts = arguments.batch_size == 1 and (arguments.chunk is not None or _is_large(arguments.observation))
         observation = observation_file.read_observation(arguments.observation, mapped=in_parts)
-        inputs = [arguments.observation]
     else:
         from softinv_jax.command_line import update_files  # noqa: PLC0415
 
         updates = update_files.read_updates(arguments)
         observation, statement = update_files.observe_heads(updates, arguments.head), updates[0].statement
-        inputs = [arguments.parameters, *arguments.updated]
     if observation.bias is not None and arguments.method == "variance":
         raise InputError("--method variance needs a head without bias; use --method exact")
-    recovery_file.check_writable(arguments.out)
-    if os.path.realpath(arguments.out) in map(os.path.realpath, inputs):
-        raise InputError(f"{arguments.out}: --out would overwrite an input; choose another name")
+    outputs.check_writable(arguments.out)
     source = {"observation": arguments.observation}
     if statement is not None:
         source = {"parameters": arguments.parameters, "updated": arguments.updated, "update": statement}
@@ -132,17 +148,14 @@ def run(arguments: argparse.Namespace) -> None:
         return
     start = time.perf_counter()
     examples = observation.weight_gradient.shape[0]
-    with progress_report() as report:
-        report(0, examples, "compiling for this shape")
-        recovery = (_recover_in_parts if in_parts else _recover_whole)(arguments, observation, report)
-    if arguments.local_steps > 1:
-        from softinv_jax.recoveries import as_approximate  # noqa: PLC0415
-
-        recovery = as_approximate(recovery)
-    seconds = time.perf_counter() - start
-    recovery_file.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
-    if in_parts:
-        shutil.rmtree(_parts_folder(arguments))
+    with claim_parts(_parts_folder(arguments)) if in_parts else nullcontext():
+        with progress_report() as report:
+            report(0, examples, "compiling for this shape")
+            recovery = (_recover_in_parts if in_parts else _recover_whole)(arguments, observation, report)
+        seconds = time.perf_counter() - start
+        outputs.write_npz(arguments.out, recovery_file.recovery_arrays(recovery))
+        if in_parts:
+            remove_parts(_parts_folder(arguments))
 
     from softinv_jax.report.summary import recovery_summary, recovery_table  # noqa: PLC0415
 
@@ -189,7 +202,7 @@ def _recover_in_parts(arguments: argparse.Namespace, observation: "Observation",
             **_options(arguments),
         )
         return read_recovery(folder)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise InputError(f"{arguments.observation}: {error}") from error
 
 
@@ -198,6 +211,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "method": arguments.method,
         "unknown_scale": arguments.unknown_scale,
         "label_format": arguments.label_format,
+        "loss": arguments.loss,
+        "approximate": arguments.local_steps > 1,
     }
 
 
@@ -232,8 +247,11 @@ def _batch_size(text: str) -> int | str:
 
 
 def _recover_batches(arguments: argparse.Namespace, observation: "Observation", source: dict[str, Any]) -> None:
-    from softinv_jax.command_line import recovery_file  # noqa: PLC0415
+    from softinv_jax.batches.batch_recovery import BatchRecovery  # noqa: PLC0415
+    from softinv_jax.batches.class_counts import ClassCounts  # noqa: PLC0415
+    from softinv_jax.command_line import outputs, recovery_file  # noqa: PLC0415
     from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
+    from softinv_jax.report.counts_summary import counts_summary, counts_table  # noqa: PLC0415
     from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
 
     start = time.perf_counter()
@@ -246,15 +264,19 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
                 batch_size=arguments.batch_size,
                 reduction=arguments.reduction,
                 unknown_scale=arguments.unknown_scale,
+                loss=arguments.loss,
                 progress=lambda done, total: report(done, total, "recovering batches"),
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-    if arguments.local_steps > 1:
-        recoveries = [as_approximate(one) for one in recoveries]
     seconds = time.perf_counter() - start
-    recovery_file.write_npz(arguments.out, recovery_file.batch_arrays(recoveries))
-    summary = batch_summary(recoveries)
+    batches = [one for one in recoveries if isinstance(one, BatchRecovery)]
+    counts = [one for one in recoveries if isinstance(one, ClassCounts)]
+    if arguments.local_steps > 1:
+        batches = [as_approximate(one) for one in batches]
+    arrays = recovery_file.counts_arrays(counts) if counts else recovery_file.batch_arrays(batches)
+    outputs.write_npz(arguments.out, arrays)
+    summary = counts_summary(counts) if counts else batch_summary(batches)
     context = source | {
         "out": arguments.out,
         "gradients": gradients,
@@ -265,7 +287,7 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
         "scale": "unknown" if arguments.unknown_scale else "known",
         "seconds": round(seconds, 3),
     }
-    _show(arguments, context, summary, batch_table)
+    _show(arguments, context, summary, counts_table if counts else batch_table)
 
 
 def _show(
@@ -282,6 +304,10 @@ def _show(
     if "update" in context:
         console.print(context["update"], markup=False)
     console.print(table(summary))
+    from softinv_jax.report.summary import assumption_notes  # noqa: PLC0415
+
+    for note in assumption_notes(summary):
+        console.print(note, markup=False)
     console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
 
 
@@ -302,6 +328,10 @@ def _check_method(arguments: argparse.Namespace) -> None:
         raise InputError("--method variance needs a known scale; use --method exact with --unknown-scale")
     if arguments.batch_size != 1 and arguments.method != "exact":
         raise InputError("--batch-size needs --method exact")
+    if arguments.method != "exact" and arguments.loss not in ("auto", "cross_entropy"):
+        raise InputError(f"--loss {arguments.loss} needs --method exact")
+    if arguments.batch_size != 1 and arguments.loss in ("tempered_cross_entropy", "binary_cross_entropy"):
+        raise InputError(f"--loss {arguments.loss} is for gradients of one example each; leave out --batch-size")
     if arguments.batch_size != 1 and arguments.chunk is not None:
         raise InputError("--chunk is for gradients of one example each; leave out --batch-size or --chunk")
     if arguments.batch_size == 1 and arguments.reduction != "mean":

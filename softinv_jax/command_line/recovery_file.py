@@ -1,24 +1,46 @@
-"""RECOVERY.npz: what the gradients gave away, written whole or not at all."""
-
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO
+"""RECOVERY.npz: what the gradients gave away, as arrays."""
 
 import numpy as np
 
-from softinv_jax import atomic_file
 from softinv_jax.batches.batch_recovery import BatchRecovery
-from softinv_jax.command_line.console import InputError
+from softinv_jax.batches.class_counts import ClassCounts
+from softinv_jax.labels.assumptions import Loss, explain_assumptions
 from softinv_jax.labels.verdicts import LabelKind, Recovery, verdict_names
 
-__all__ = ["batch_arrays", "check_writable", "kind_names", "recovery_arrays", "write_atomically", "write_npz"]
+__all__ = ["assumption_codes", "batch_arrays", "counts_arrays", "kind_names", "loss_names", "recovery_arrays"]
 
 
 def kind_names(codes: object) -> np.ndarray:
     """Label kinds of any shape as lower-case strings."""
     return np.array([kind.name.lower() for kind in LabelKind])[np.asarray(codes)]
+
+
+def loss_names(codes: object) -> np.ndarray:
+    """Losses of any shape as lower-case strings."""
+    return np.array([loss.name.lower() for loss in Loss])[np.asarray(codes)]
+
+
+def assumption_codes(flags: object) -> np.ndarray:
+    """(N,) `Assumption` flags as codes with commas between."""
+    return np.array([",".join(one.code for one in explain_assumptions(code)) for code in np.asarray(flags).tolist()])
+
+
+def counts_arrays(counts: list[ClassCounts]) -> dict[str, np.ndarray]:
+    """The arrays of RECOVERY.npz for gradients of batches that nothing tells apart.
+
+    Returns:
+      mean_labels and mean_label_deviation (N, C), interval (N, C, 2), count and likeliest_count (N, C), -1 for unknown,
+      certainty (N, C) and hard_labels (N,).
+    """
+    return {
+        "mean_labels": np.stack([one.label for one in counts]),
+        "mean_label_deviation": np.stack([one.deviation for one in counts]),
+        "interval": np.stack([one.interval for one in counts]),
+        "count": np.stack([one.count for one in counts]),
+        "likeliest_count": np.stack([one.likeliest for one in counts]),
+        "certainty": np.stack([one.certainty for one in counts]),
+        "hard_labels": np.array([one.is_whole for one in counts]),
+    }
 
 
 def recovery_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
@@ -33,12 +55,17 @@ def recovery_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
       labels (N, 1, C), features (N, 1, d), scale (N,), verdict (N, 1) and residual (N, 1); and, in the same order,
       label_deviation (N, 1, C) one standard deviation, kind (N, 1), singled_out (N, 1, K) the classes singled out
       (-1 for none), weights (N, 1, K), smoothing (N, 1), scalar (N, 1), interval (N, 2), and the explanations
-      considered, candidate_labels (N, M, C) and candidate_scalars (N, M). NaN where nothing is recovered.
+      considered, candidate_labels (N, M, C) and candidate_scalars (N, M). What is taken for granted: loss (N, 1),
+      temperature (N, 1), refuted and rests_on (N, 1), codes with commas between; examples (N,) that stand out, and
+      mean_labels and mean_label_deviation (N, C) where they are several. NaN where nothing is recovered.
     """
     per_gradient = {"scale": recovery.scale, "interval": recovery.interval}
     per_gradient |= {
         "candidate_labels": recovery.candidates.label,
         "candidate_scalars": recovery.candidates.scalar,
+        "examples": recovery.assumptions.examples,
+        "mean_labels": recovery.mean.label,
+        "mean_label_deviation": recovery.mean.deviation,
     }
     deviation = np.asarray(recovery.evidence.label_deviation)
     label = np.asarray(recovery.label)
@@ -53,6 +80,10 @@ def recovery_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
         "weights": recovery.format.weights,
         "smoothing": recovery.format.smoothing,
         "scalar": recovery.scalar,
+        "loss": loss_names(recovery.assumptions.loss),
+        "temperature": recovery.assumptions.temperature,
+        "refuted": assumption_codes(recovery.assumptions.refuted),
+        "rests_on": assumption_codes(recovery.assumptions.rests_on),
     }
     arrays = {name: np.asarray(array)[:, None] for name, array in per_example.items()}
     return arrays | {name: np.asarray(array) for name, array in per_gradient.items()}
@@ -67,7 +98,8 @@ def batch_arrays(recoveries: list[BatchRecovery]) -> dict[str, np.ndarray]:
 
     Returns:
       labels (N, B, C), features (N, B, d), verdict, residual (of the whole gradient), misfit and surprise (N, B),
-      label_deviation (N, B, C), singled_out (N, B, 2), scale, rank and joint_misfit (N,).
+      label_deviation (N, B, C), singled_out (N, B, 2), factor (N, B), scale, rank and joint_misfit (N,), loss and
+      refuted (N,), codes with commas between.
     """
     examples = max(len(one.verdict) for one in recoveries)
 
@@ -87,49 +119,10 @@ def batch_arrays(recoveries: list[BatchRecovery]) -> dict[str, np.ndarray]:
         "surprise": stacked("surprise"),
         "label_deviation": stacked("label_deviation"),
         "singled_out": stacked("targets", -1),
+        "factor": stacked("factor"),
+        "loss": loss_names([one.loss for one in recoveries]),
+        "refuted": assumption_codes([one.refuted for one in recoveries]),
         "scale": np.array([one.scale for one in recoveries]),
         "rank": np.array([one.rank for one in recoveries]),
         "joint_misfit": np.array([one.joint_misfit for one in recoveries]),
     }
-
-
-def check_writable(path: str) -> None:
-    """Fail before the work starts where `path` cannot be written.
-
-    Raises:
-      InputError: one line with the reason.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file in it")
-    if target.exists() and not target.is_file():
-        raise InputError(f"{path}: not a regular file; give the name of a file")
-    if not target.parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-
-
-def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write `arrays` under exactly this name (np.savez would append .npz), atomically.
-
-    Raises:
-      InputError: one line with the reason; what was at `path` before is then untouched.
-    """
-    # Through a file object, for the sake of the name.
-    write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-
-
-def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """`atomic_file.write_atomically`, for a path the user gave.
-
-    Raises:
-      InputError: one line with the reason; what was at `path` before is then untouched.
-    """
-    try:
-        atomic_file.write_atomically(path, write)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error

@@ -34,10 +34,10 @@ def read_updates(arguments: argparse.Namespace, to_tree: ToTree = trained_layers
     Raises:
       InputError: one line that names the file, what is wrong, and the remedy.
     """
-    before = _read_tree(arguments.parameters, to_tree)
+    before = _read_tree(arguments.parameters, to_tree, arguments.key)
     updates = []
     for path in arguments.updated:
-        after = _read_tree(path, to_tree)
+        after = _read_tree(path, to_tree, arguments.key)
         differing = sorted(set(flat(before)) ^ set(flat(after)))
         if differing:
             raise InputError(f"{path}: must hold the arrays of {arguments.parameters}; differs in {differing[0]}")
@@ -67,8 +67,8 @@ def observe_heads(updates: list[ObservedUpdate], head: str | None) -> Observatio
         return stack_observations([observe_update_head(update, name=head) for update in updates])
 
 
-def _read_tree(path: str, to_tree: ToTree) -> Tree:
+def _read_tree(path: str, to_tree: ToTree, key: str | None) -> Tree:
     with input_errors():
-        arrays = read_parameter_file(path)
+        arrays = read_parameter_file(path, key)
     with input_errors(f"{path}: "):
         return to_tree(arrays)

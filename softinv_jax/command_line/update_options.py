@@ -7,6 +7,7 @@ from softinv_jax.command_line.console import InputError
 __all__ = ["add_update_options", "check_update_options"]
 
 _DEFAULTS = {
+    "key": None,
     "learning_rate": None,
     "local_steps": 1,
     "momentum": 0.0,
@@ -20,7 +21,13 @@ def add_update_options(parser: argparse.ArgumentParser) -> None:
     """Add what `update_files.read_updates` reads, except --parameters."""
     group = parser.add_argument_group("updates in place of gradients (docs/frameworks.md)")
     group.add_argument(
-        "--updated", nargs="+", metavar="AFTER", help="what each client sent back: .npz, .safetensors, .pt or .pth"
+        "--updated",
+        nargs="+",
+        metavar="AFTER",
+        help="what each client sent back: .npz, .safetensors, or of PyTorch (.pt, .pth, ...)",
+    )
+    group.add_argument(
+        "--key", metavar="NAME", help="which of several models in the files, such as model_state_dict; joined by /"
     )
     group.add_argument("--learning-rate", type=float, metavar="RATE", help="of the clients; left out, it is not known")
     group.add_argument("--local-steps", type=int, default=1, metavar="K", help="one is exact, several are not (1)")

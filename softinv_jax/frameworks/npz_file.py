@@ -1,6 +1,7 @@
 """Float arrays from an .npz file that is not trusted, read or left in the file as memory maps."""
 
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -20,26 +21,29 @@ LARGEST_SURPRISE = 256 * 2**20
 MEMBER_HEADER = 30
 
 
-def read_npz(path: str, check_names: Callable[[list[str]], None] | None = None) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str, check_names: Callable[[list[str]], None] | None = None, *, floats_only: bool = True
+) -> dict[str, np.ndarray]:
     """Read all arrays; nothing in the file is executed, and no more memory is taken than the file explains.
 
     Args:
       path: an .npz file of float16, float32 or float64 arrays.
       check_names: looks at the names before anything is read, and raises ValueError.
+      floats_only: refuse integers and booleans, rather than read them too.
 
     Raises:
       ValueError: one line that names the file, what is wrong, and the remedy.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):  # Path.exists raises where a name is longer than the file system takes.
         raise ValueError(f"{path}: no such file")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: not a file; give an .npz file as np.savez writes it")
     try:
         if not zipfile.is_zipfile(path):
             raise _RefusedError("not an .npz file; write it with np.savez(path, weight=..., ...)")
         with zipfile.ZipFile(path) as archive:
             members = _members(path, archive, check_names)
-            return {name: _read_member(archive, name, entry) for name, entry in members.items()}
+            return {name: _read_member(archive, name, entry, floats_only) for name, entry in members.items()}
     except _RefusedError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     except Exception as error:  # Damaged and hostile files make NumPy and zipfile raise nearly anything.
@@ -56,8 +60,8 @@ def map_npz(path: str, check_names: Callable[[list[str]], None] | None = None) -
     Raises:
       ValueError: one line that names the file, what is wrong, and the remedy.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(path, archive, check_names)
@@ -120,7 +124,7 @@ def _members(
     return members
 
 
-def _read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(file: IO[bytes], name: str, floats_only: bool = True) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, order (True for Fortran's) and dtype of a member at its beginning."""
     magic = file.read(len(np.lib.format.MAGIC_PREFIX))
     if magic != np.lib.format.MAGIC_PREFIX:
@@ -132,16 +136,16 @@ def _read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.
     shape, fortran_order, dtype = read_header(file)
     if dtype.hasobject:
         raise _RefusedError(f"{name} holds Python objects, which are not loaded for safety; save a float array")
-    if dtype.kind != "f" or dtype.itemsize > 8:
+    if dtype.kind not in ("f" if floats_only else "fbiu") or dtype.itemsize > 8:
         raise _RefusedError(
             f"{name} must be float16, float32 or float64, but is {dtype}; convert it with .astype(np.float32)"
         )
     return shape, fortran_order, dtype
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo) -> np.ndarray:
+def _read_member(archive: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo, floats_only: bool) -> np.ndarray:
     with archive.open(entry) as file:
-        shape, fortran_order, dtype = _read_header(file, name)
+        shape, fortran_order, dtype = _read_header(file, name, floats_only)
         rest = entry.file_size - file.tell()
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != rest:
             raise _RefusedError(
@@ -164,6 +168,8 @@ def _map_member(path: str, name: str, entry: zipfile.ZipInfo) -> np.ndarray:
         raise _RefusedError(
             f"{name} cannot be read in parts; save np.ascontiguousarray of it in this machine's byte order"
         )
+    if 0 in shape:
+        raise _RefusedError(f"{name} has shape {shape}, and so no entries; leave it out, or fill it")
     if min(shape, default=0) < 1 or offset + math.prod(shape) * dtype.itemsize != start + entry.file_size:
         raise _RefusedError(f"{name} declares shape {shape} of {dtype}, but other bytes follow; write it again")
     return np.memmap(path, dtype, "r", offset, shape)

@@ -3,6 +3,7 @@
 No file is trusted: nothing in one is executed, and what is damaged or hostile gives one ValueError.
 """
 
+import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,40 +12,58 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from softinv_jax.frameworks.checkpoint import find_state, plain_names, under_key
 from softinv_jax.frameworks.npz_file import check_archive, check_unpacked, first_line, read_npz
 
 __all__ = ["FORMATS", "Tree", "flat", "name_arrays", "nested", "read_parameter_file", "trained_layers"]
 
 Tree = dict[str, "np.ndarray | Tree"]
 
-FORMATS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
+FORMATS = {".safetensors": "safetensors"} | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar"), "torch")
 """What a file is, by the end of its name; any other is an .npz file."""
 
 FLOATING = tuple(np.dtype(kind) for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
 
-def read_parameter_file(path: str) -> dict[str, np.ndarray]:
-    """Read a model's arrays by name, as the file has them.
+# By the names in a safetensors file, all of which are little-endian.
+SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+
+
+def read_parameter_file(path: str, key: str | None = None) -> dict[str, np.ndarray]:
+    """Read a model's arrays by name, without what DataParallel, torch.compile or Opacus put before the names.
+
+    What is no parameter is left aside: optimisers, the epoch, counters and other integers.
 
     Args:
-      path: .npz as `np.savez` writes it; .safetensors (needs safetensors); .pt or .pth with a `state_dict` as
-        `torch.save` writes it (needs torch). float16, bfloat16, float32 or float64; PyTorch's integer counters
-        `num_batches_tracked` are left out.
+      path: .npz as `np.savez` writes it; .safetensors (needs safetensors); .pt, .pth, .bin, .ckpt or .tar as
+        `torch.save` writes it (needs torch), with a `state_dict` or a dictionary that holds one. float16, bfloat16,
+        float32 or float64.
+      key: which of the models in the file, where it holds several; names joined by "/".
 
     Raises:
       ValueError: one line that names the file, what is wrong, and the remedy.
     """
     kind = FORMATS.get(Path(path).suffix.lower())
     if kind is None:
-        return read_npz(path)
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
-    arrays = _read_safetensors(path) if kind == "safetensors" else _read_torch(path)
-    arrays = {name: array for name, array in arrays.items() if name.rsplit(".", 1)[-1] != "num_batches_tracked"}
+        arrays = read_npz(path, floats_only=False)
+    elif not os.path.isfile(path):
+        raise ValueError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+    else:
+        arrays = _read_safetensors(path) if kind == "safetensors" else _read_torch(path, key)
+    try:
+        if key is not None and kind != "torch":
+            arrays = under_key(arrays, key)
+        arrays = plain_names(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     for name, array in arrays.items():
-        if array.dtype not in FLOATING:
+        if array.dtype not in FLOATING and array.dtype.kind not in "biu":
             raise ValueError(f"{path}: {name} must be floating, but is {array.dtype}; save parameters only")
-    return arrays
+    floats = {name: array for name, array in arrays.items() if array.dtype in FLOATING}
+    if arrays and not floats:
+        name, array = next(iter(arrays.items()))
+        raise ValueError(f"{path}: holds no floating arrays ({name} is {array.dtype}); save a model's parameters")
+    return floats
 
 
 def name_arrays(arrays: Iterable[Any], names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -115,16 +134,28 @@ def flat(tree: Tree, separator: str = "/") -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     try:
-        from safetensors.numpy import load_file  # noqa: PLC0415 - optional
+        import safetensors  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ValueError(f"{path}: needs safetensors; pip install 'softinv_jax[safetensors]'") from error
     try:
-        return load_file(path)
-    except Exception as error:  # Its own error class, and KeyError for a dtype that NumPy lacks.
+        # Its own loader for NumPy knows no bfloat16.
+        entries = safetensors.deserialize(Path(path).read_bytes())
+    except Exception as error:  # Its own error class.
         raise ValueError(f"{path}: no safetensors file that can be read ({first_line(error)})") from error
+    arrays = {}
+    for name, entry in entries:
+        kind = SAFETENSORS_FLOATS.get(entry["dtype"])
+        if kind is not None:
+            little = np.frombuffer(entry["data"], np.dtype(kind).newbyteorder("<"))
+            arrays[name] = little.astype(kind).reshape(entry["shape"])
+        elif entry["dtype"].startswith("F"):
+            raise ValueError(f"{path}: {name} is {entry['dtype']}, which is not supported; save it as bfloat16")
+    if entries and not arrays:
+        raise ValueError(f"{path}: holds no floating arrays; save a model's parameters")
+    return arrays
 
 
-def _read_torch(path: str) -> dict[str, np.ndarray]:
+def _read_torch(path: str, key: str | None) -> dict[str, np.ndarray]:
     try:
         import torch  # noqa: PLC0415 - optional, and slow
     except ImportError as error:
@@ -141,18 +172,21 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
             f"{path}: cannot be loaded as weights only ({first_line(error)}); write it with"
             " torch.save(model.state_dict(), path)"
         ) from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ValueError(f"{path}: no mapping of names to tensors; write torch.save(model.state_dict(), path)")
-    plain = {str(name): tensor for name, tensor in loaded.items()}
-    for name, tensor in plain.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise ValueError(f"{path}: {name} is no dense tensor; save parameters only")
-    # A tensor may repeat one stored number a billion times.
+
+    def is_matrix(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.is_floating_point()
+
     try:
-        check_unpacked(path, sum(value.numel() * value.element_size() for value in plain.values()))
+        state = find_state(loaded, is_matrix, key)
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        for name, tensor in tensors.items():
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+                raise ValueError(f"{name} is no dense tensor; save parameters only")
+        # A tensor may repeat one stored number a billion times.
+        check_unpacked(path, sum(value.numel() * value.element_size() for value in tensors.values()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return {name: _to_numpy(tensor.detach().contiguous()) for name, tensor in plain.items()}
+    return {name: _to_numpy(tensor.detach().contiguous()) for name, tensor in tensors.items()}
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:

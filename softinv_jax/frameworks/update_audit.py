@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
+from softinv_jax.batches.class_counts import ClassCounts
 from softinv_jax.frameworks.parameter_files import Tree, name_arrays, trained_layers
 from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.observation.updates import ObservedUpdate, observe_update
@@ -29,7 +30,7 @@ class ClientAudit:
 
     server_round: int
     client: int | str
-    recovery: Recovery | BatchRecovery | None
+    recovery: Recovery | BatchRecovery | ClassCounts | None
     update: ObservedUpdate | None
     statement: str
     problem: str | None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_chain
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
@@ -207,8 +208,9 @@ def _recover_heads(
             f" larger than the number of features, d = {features}, can be separated into images"
         )
     recoveries = recover_many(observation, batch_size=batch_size, unknown_scale=unknown_scale)
-    label = np.full((len(recoveries), batch_size, classes), np.nan, np.float32)
-    feature = np.full((len(recoveries), batch_size, features), np.nan, np.float32)
+    kind = recoveries[0].label.dtype
+    label = np.full((len(recoveries), batch_size, classes), np.nan, kind)
+    feature = np.full((len(recoveries), batch_size, features), np.nan, kind)
     verdict = np.full((len(recoveries), batch_size), Verdict.NOT_FOUND, np.int32)
     for index, one in enumerate(recoveries):
         assert isinstance(one, BatchRecovery)

@@ -20,7 +20,10 @@ __all__ = [
     "stack_observations",
 ]
 
-HEAD_NAMES = ("head", "classifier", "fc", "linear", "logits", "output", "predictions")
+HEAD_NAMES = (
+    *("head", "heads", "classifier", "fc", "linear", "logits", "output", "predictions"),
+    *("score", "lm_head", "classification_head", "last_linear"),
+)
 
 
 @jax.tree_util.register_dataclass
@@ -180,7 +183,8 @@ def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_
 
     A dense layer is a mapping with a 2-D `kernel` (d, C) or `weight` (C, d). Among them the head is the one called
     `name`; or the only one with `number_of_classes` outputs; or the only one whose outputs no other dense layer
-    takes in; ties go to a name of `HEAD_NAMES`.
+    takes in; ties go to a name of `HEAD_NAMES`, then to a layer inside one so named; then to any, where all of them are
+    one array under several names (tied weights).
 
     Returns:
       The path with parts joined by "/", for example "head".
@@ -202,7 +206,11 @@ def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_
         fitting = {path: size for path, size in fitting.items() if size[1] not in taken_in} or fitting
     if len(fitting) > 1:
         named = {path: size for path, size in fitting.items() if path.rsplit("/", 1)[-1] in HEAD_NAMES}
-        fitting = named or fitting
+        inside = {path: size for path, size in fitting.items() if set(path.split("/")) & set(HEAD_NAMES)}
+        fitting = named or inside or fitting
+    if len(fitting) > 1 and _are_tied(parameters, list(fitting)):
+        last = list(fitting)[-1]
+        fitting = {last: fitting[last]}
     if len(fitting) != 1:
         asked = f"name={name!r}, number_of_classes={number_of_classes}"
         raise ValueError(f"{len(fitting)} of the dense layers fit {asked}; name the head. Dense layers: {listing}")
@@ -220,6 +228,22 @@ def _dense_layers(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, 
             layers[path] = (rows, columns) if held == "kernel" else (columns, rows)
         layers |= _dense_layers(value, f"{path}/")
     return layers
+
+
+def _are_tied(parameters: Mapping[str, Any], paths: Sequence[str]) -> bool:
+    """Whether these layers hold one matrix under several names."""
+    matrices: list[Any] = []
+    for path in paths:
+        layer: Any = parameters
+        for part in path.split("/"):
+            layer = layer[part]
+        matrices.append(layer[_held(layer)])
+    first = matrices[0]
+    if all(one is first for one in matrices):
+        return True
+    # Values are unknown while tracing.
+    known = not any(isinstance(one, jax.core.Tracer) or not hasattr(one, "__array__") for one in matrices)
+    return known and all(np.array_equal(np.asarray(one), np.asarray(first)) for one in matrices)
 
 
 def _held(layer: Mapping[str, Any]) -> str | None:

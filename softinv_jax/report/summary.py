@@ -8,10 +8,18 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
+from softinv_jax.labels.assumptions import Loss, explain_assumptions
 from softinv_jax.labels.verdicts import LabelKind, Recovery, Verdict
 from softinv_jax.versions import package_versions
 
-__all__ = ["batch_summary", "batch_table", "describe_format", "recovery_summary", "recovery_table"]
+__all__ = [
+    "assumption_notes",
+    "batch_summary",
+    "batch_table",
+    "describe_format",
+    "recovery_summary",
+    "recovery_table",
+]
 
 LISTED = 12
 
@@ -30,9 +38,34 @@ def recovery_summary(recovery: Recovery) -> dict[str, Any]:
             if verdict != Verdict.NOT_FOUND  # Only of batches.
         },
         "kinds": {kind.name.lower(): int(np.sum(kinds == kind)) for kind in LabelKind},
+        "assumptions": _words(np.asarray(recovery.assumptions.refuted), np.asarray(recovery.assumptions.rests_on)),
         "versions": package_versions(),
         "samples": _samples(recovery),
     }
+
+
+def _words(refuted: np.ndarray, rests_on: np.ndarray) -> list[dict[str, Any]]:
+    """Every assumption that is refuted or relied on in any gradient: code, sentence, remedy and how often."""
+    counts: dict[str, dict[str, Any]] = {}
+    for key, codes in (("refuted", refuted), ("relied_on", rests_on)):
+        for code in codes.tolist():
+            for one in explain_assumptions(code):
+                entry = counts.setdefault(one.code, {**one._asdict(), "refuted": 0, "relied_on": 0})
+                entry[key] += 1
+    return list(counts.values())
+
+
+def assumption_notes(summary: dict[str, Any]) -> list[str]:
+    """What a summary says of assumptions, in lines for people: first what is refuted, with the remedy."""
+    words = summary.get("assumptions", [])
+    notes = [f"{one['refuted']} x {one['code']}: {one['sentence']} {one['remedy']}" for one in words if one["refuted"]]
+    relied = [one["code"].replace("_", " ") for one in words if one["relied_on"]]
+    if relied:
+        count = max(one["relied_on"] for one in words)
+        notes.append(
+            f"{count} conditional: right if what was told of these is so, which nothing confirms: {', '.join(relied)}."
+        )
+    return notes
 
 
 def _samples(recovery: Recovery) -> list[dict[str, Any]]:
@@ -55,8 +88,18 @@ def _samples(recovery: Recovery) -> list[dict[str, Any]]:
         "agreeing_classes": np.asarray(evidence.agreeing).tolist(),
         "surprise": _numbers(evidence.surprise),
         "residual": _numbers(evidence.residual),
+        "loss": [Loss(code).name.lower() for code in np.asarray(recovery.assumptions.loss).tolist()],
+        "temperature": _numbers(recovery.assumptions.temperature),
+        "refuted": _codes(recovery.assumptions.refuted),
+        "rests_on": _codes(recovery.assumptions.rests_on),
+        "examples": np.asarray(recovery.assumptions.examples).tolist(),
+        "mean_label": _numbers(recovery.mean.label),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _codes(flags: object) -> list[list[str]]:
+    return [[one.code for one in explain_assumptions(code)] for code in np.asarray(flags).tolist()]
 
 
 def _numbers(values: object) -> list:
@@ -92,10 +135,21 @@ def recovery_table(summary: dict[str, Any]) -> Table:
         table.add_row(
             str(sample["index"]),
             sample["verdict"].replace("_", " "),
-            describe_format(sample),
+            _describe(sample),
             "-" if deviation is None else f"{deviation:.0e}",
         )
     return table
+
+
+def _describe(sample: dict[str, Any]) -> str:
+    """The label in words; of several examples how many, and of another loss its name."""
+    if "one_example" in sample["refuted"]:
+        return f"{sample['examples']} or more examples: not one"
+    if sample["verdict"] == "refuted":
+        hinted = f" (class {sample['classes'][0]} by its sign)" if sample["classes"] else ""
+        return f"not as told: {', '.join(sample['refuted']).replace('_', ' ')}{hinted}"
+    words = describe_format(sample)
+    return words if sample["loss"] in ("cross_entropy", "unknown") else f"{words}; {sample['loss'].replace('_', ' ')}"
 
 
 def _empty_table(subject: str, verdicts: dict[str, int], columns: dict[str, JustifyMethod], rows: int) -> Table:
@@ -114,11 +168,15 @@ def batch_summary(recoveries: list[BatchRecovery]) -> dict[str, Any]:
     verdicts = np.concatenate([one.verdict for one in recoveries])
     return {
         "verdicts": {verdict.name.lower(): int(np.sum(verdicts == verdict)) for verdict in Verdict},
+        "assumptions": _words(np.array([one.refuted for one in recoveries]), np.zeros(0, int)),
         "versions": package_versions(),
         "batches": [
             {
                 "index": index,
                 "rank": one.rank,
+                "loss": Loss(one.loss).name.lower(),
+                "refuted": _codes([one.refuted])[0],
+                "factors": _numbers(one.factor),
                 "scale": _numbers(one.scale),
                 "residual": _numbers(one.residual),
                 "joint_misfit": _numbers(one.joint_misfit),

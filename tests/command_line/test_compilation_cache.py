@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from softinv_jax.command_line import compilation_cache, main
+from softinv_jax.command_line import commands, compilation_cache
+from softinv_jax.command_line.main import main
 
 
 @pytest.fixture
@@ -36,16 +37,19 @@ def test_a_place_already_chosen_or_not_writable_is_left_alone(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     compilation_cache.keep_compiled_programs()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    jax.config.jax_compilation_cache_dir = "/elsewhere"
+    jax.config.jax_compilation_cache_dir = str(tmp_path / "elsewhere")
     compilation_cache.keep_compiled_programs()
     assert config == {}
+    jax.config.jax_compilation_cache_dir = str(tmp_path / "file" / "elsewhere")
+    compilation_cache.keep_compiled_programs()
+    assert config == {"jax_compilation_cache_dir": None}
 
 
 def test_the_command_line_can_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
-    monkeypatch.setattr(main, "keep_compiled_programs", lambda: kept.append(True))
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: kept.append(True))
     command = ["recover", str(tmp_path / "missing.npz"), "--out", str(tmp_path / "out.npz")]
-    assert main.main(["--no-compilation-cache", *command]) == 2
+    assert main(["--no-compilation-cache", *command]) == 2
     assert kept == []
-    assert main.main(command) == 2
+    assert main(command) == 2
     assert kept == [True]

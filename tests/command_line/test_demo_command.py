@@ -73,7 +73,7 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
         (("--data-dir", "somewhere"), "--dataset"),
         (("--dataset", "no_such_data_set"), "no_such_data_set"),
         (("--dataset", "cifar10", "--data-dir", "nowhere"), "download_and_prepare"),
-        (("--out", "FILE"), "cannot make this folder"),
+        (("--out", "FILE"), "cannot be made"),
     ],
 )
 def test_bad_options_are_one_line(options, expected, tmp_path, capsys) -> None:

@@ -350,7 +350,7 @@ def test_in_chunks_as_in_one_go_and_taken_up_again(tmp_path, capsys, observation
     monkeypatch.setattr(streaming, "recover_many", stopped)
     assert run(capsys, "recover", seen, "--out", out, *method, "--chunk", 3)[0] == 130
     parts = tmp_path / "out.npz.parts"
-    assert sorted(path.name for path in parts.iterdir()) == ["part-00000000.npz", "settings.json"]
+    assert sorted(path.name for path in parts.iterdir()) == ["part-00000000.npz", "settings.json", "softinv-parts"]
     code, _, errors = run(capsys, "recover", seen, "--out", out, *method, "--chunk", 2)
     assert code == 2
     assert "chunk 3, not 2; choose another folder" in errors

@@ -65,7 +65,8 @@ HOSTILE: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "text for a shape": ([("x.npy", npy(ONE, "'abc'"))], "cannot be read"),
     "short": ([("x.npy", npy(ONE)[:-1])], "11 bytes follow"),
     "long": ([("x.npy", npy(ONE) + b"0")], "13 bytes follow"),
-    "integers": ([("x.npy", npy(np.ones(3, np.int64)))], "x must be float16, float32 or float64, but is int64"),
+    "integers": ([("x.npy", npy(np.ones(3, np.int64)))], r"no floating arrays \(x is int64\)"),
+    "complex": ([("x.npy", npy(np.ones(3, complex)))], "x must be float16, float32 or float64, but is complex128"),
     "long double": ([("x.npy", npy(np.ones(3, np.longdouble)))], "x must be float16"),
     "structured": ([("x.npy", npy(ONE).replace(b"'<f4'", b"[('a','<f4')]"))], "cannot be read|x must be"),
     "code in the header": ([("x.npy", npy(ONE, "__import__('os').getpid()"))], "cannot be read"),
@@ -239,12 +240,12 @@ class TestTorchFiles:
             read_parameter_file(str(tmp_path / "x.pt"))
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("kind", ["model", "sparse", "nested", "integer", "list"])
+    @pytest.mark.parametrize("kind", ["model", "sparse", "scalars", "integer", "list"])
     def test_what_is_no_state_dict_is_refused(self, tmp_path: Path, torch: object, kind: str) -> None:
         value = {
             "model": torch.nn.Linear(2, 2),
             "sparse": {"x": torch.eye(3).to_sparse()},
-            "nested": {"state_dict": {"x": torch.ones(2)}},
+            "scalars": {"state_dict": {"x": torch.ones(2)}},
             "integer": {"x": torch.ones(2, dtype=torch.int64)},
             "list": [torch.ones(2)],
         }[kind]
