@@ -55,7 +55,8 @@ def recover_stream(
       folder: made if it does not exist; holds `settings.json` and one file for each finished part.
       chunk: gradients in one part, of which one or two are in memory; by default 256 MiB.
       progress: called with (gradients done, N), counting those of all processes found in the folder.
-      options: `method`, `unknown_scale`, `label_format`, `loss`, `approximate`, `thorough` and `devices` of `recover_many`; by default all
+      options: `method`, `unknown_scale`, `label_format`, `loss`, `approximate`, `thorough` and `devices` of
+        `recover_many`; by default all
         local devices.
 
     Raises:

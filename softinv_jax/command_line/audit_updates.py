@@ -142,9 +142,8 @@ def _findings(rows: list[UpdateRow], updates: int, verdicts: dict[str, int], loc
         findings.append(f"{several} more are narrowed down to a few labels, of which the likeliest is shown.")
     if local_steps > 1:
         findings.append("After several local steps an update is no gradient: no label is called certain.")
-    rest = {
-        name: count for name, count in verdicts.items() if count and name not in ("unique", "conditional", "ambiguous")
-    }
+    claimed = ("unique", "conditional", "ambiguous")
+    rest = {name: count for name, count in verdicts.items() if count and name not in claimed}
     if rest:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in rest.items())
         findings.append(f"Of the rest nothing is claimed: {counts}.")

@@ -188,11 +188,15 @@ def _recover(
             heads = None
             if updates is not None and arguments.batch_size == 1:
                 from softinv_jax.command_line.update_files import observe_heads  # noqa: PLC0415
-                from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
+                from softinv_jax.recoveries import recover_many  # noqa: PLC0415
 
                 # With the noise that the parameters' rounding is known to leave, which gradients alone do not tell.
-                heads = recover_many(observe_heads(updates, "head"), unknown_scale=unknown_scale, thorough=True)
-                heads = heads if updates[0].exact else as_approximate(heads)
+                heads = recover_many(
+                    observe_heads(updates, "head"),
+                    unknown_scale=unknown_scale,
+                    approximate=not updates[0].exact,
+                    thorough=True,
+                )
             result = invert(
                 model.chain,
                 parameters,

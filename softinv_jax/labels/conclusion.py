@@ -236,7 +236,7 @@ def _refuted(reading: Reading, outcome: Outcome, asked: Asked, contradicted: jax
     weighted = _is_one_of(outcome.loss, (Loss.WEIGHTED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
     tempered = _is_one_of(outcome.loss, (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
     flags = {
-        Assumption.SOFTMAX: unbalanced & ~empty | (sigmoids & outcome.unique),
+        Assumption.SOFTMAX: (unbalanced & unexplained & ~empty) | (sigmoids & outcome.unique),
         Assumption.LABEL_RANGE: contradicted & unexplained & ~unbalanced & ~empty,
         Assumption.LOSS: tempered & found_other,
         Assumption.SCALE: weighted & found_other & asked.told_scale,

@@ -105,9 +105,13 @@ def judge(reading: Reading, explanations: Explanations, unknowns: Unknowns, loss
 
 
 def _lacks_rows(equation: ScalarEquation, found: Consensus, label: jax.Array) -> jax.Array:
-    """() bool: a row is zero to the last digit where the explanation has it far above what any format loses."""
+    """() bool: a row is zero to the last digit where the explanation has it far above what any format loses.
+
+    Where logits are taken to err, the sum over the rows no longer tells.
+    """
     expected = jnp.abs(label - found.level) * jnp.abs(1 / found.factor)
-    return jnp.any((equation.left == 0) & (expected > UNDERFLOW * jnp.max(jnp.abs(equation.left))))
+    missing = (equation.left == 0) & (expected > UNDERFLOW * jnp.max(jnp.abs(equation.left)))
+    return (equation.logit_error > 0) & jnp.any(missing)
 
 
 def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:

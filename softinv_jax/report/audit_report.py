@@ -15,8 +15,10 @@ __all__ = ["UpdateRow", "render_report", "render_updates_report"]
 
 VERDICTS = (
     ("unique", "no other label that singles out as few classes explains the gradient"),
+    ("conditional", "the label is right if loss, scale and parameters are as told; nothing confirms them"),
     ("ambiguous", "a few labels explain it; the likeliest is meant where one is shown"),
     ("unidentifiable", "more labels explain it than can be listed"),
+    ("refuted", "the gradient contradicts what was assumed of it: one example, its loss, its scale"),
     ("no_signal", "the gradient is zero, or noise"),
     ("not_found", "one of a batch that the search did not find"),
 )

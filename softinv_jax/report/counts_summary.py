@@ -41,9 +41,8 @@ def _numbers(values: np.ndarray) -> list:
 
 def counts_table(summary: dict[str, Any]) -> Table:
     """For people: the classes that have the largest share, and how many examples of each are certain."""
-    table = Table(
-        title=f"{len(summary['batches'])} gradients of batches: the mean label", title_justify="left", box=SIMPLE_HEAD
-    )
+    title = f"{len(summary['batches'])} gradients of batches: the mean label"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("gradient", "class", "share of the batch", "examples"):
         table.add_column(name, justify="right")
     for batch in summary["batches"][:LISTED]:

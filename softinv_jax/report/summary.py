@@ -62,9 +62,7 @@ def assumption_notes(summary: dict[str, Any]) -> list[str]:
     relied = [one["code"].replace("_", " ") for one in words if one["relied_on"]]
     if relied:
         count = max(one["relied_on"] for one in words)
-        notes.append(
-            f"{count} conditional: right if what was told of these is so, which nothing confirms: {', '.join(relied)}."
-        )
+        notes.append(f"{count} conditional: right if these are as told, which nothing confirms: {', '.join(relied)}.")
     return notes
 
 
