@@ -12,6 +12,8 @@ Federated Learning (iLRG), ICLR 2023. The weights, the deviations and the second
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.stats import t as student_t
 
 from softinv_jax.labels.verdicts import MeanLabel
 
@@ -20,6 +22,11 @@ __all__ = ["mean_label"]
 ROUNDS = 6
 # What rows of classes that nobody has still scatter by: features and predictions of one example go together.
 SHARED = 0.02
+# What the rows stand for is a model of the examples: its correction is trusted to this many times its own size.
+DOUBT = 2.0
+# Student's t at what six deviations are to hold, 99.99 %, over six.
+FREEDOMS = np.geomspace(0.5, 100, 60)
+EXCESS = np.maximum(student_t.ppf(1 - 0.5e-4, FREEDOMS) / 6, 1.0)
 # Rows that decide the feature by themselves show no scatter of their own.
 LARGEST_LEVERAGE = 0.95
 
@@ -63,7 +70,11 @@ def mean_label(
     bend = share @ (either_way - prediction[None, :]) / jnp.sum(share)
     # The kinds of examples that the rows stand for are few: where they change the whole, they are wrong in part.
     whole = (prediction + bend) * jnp.sum(jnp.abs(bend))
-    return MeanLabel(prediction + bend - bias_gradient, jnp.sqrt(of_feature + bend**2 + whole**2))
+    # As many rows as really count are few independent estimates, whose scatter is itself uncertain: Student's t.
+    freedom = 1 / jnp.maximum(jnp.sum(leverage**2), 1e-300) - 1
+    excess = jnp.interp(freedom, jnp.asarray(FREEDOMS), jnp.asarray(EXCESS))
+    deviation = jnp.sqrt(excess**2 * of_feature + DOUBT**2 * (bend**2 + whole**2))
+    return MeanLabel(prediction + bend - bias_gradient, deviation)
 
 
 def _row_variance(weight: jax.Array, bias: jax.Array, bias_gradient: jax.Array, feature: jax.Array) -> jax.Array:
