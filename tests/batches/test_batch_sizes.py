@@ -57,7 +57,7 @@ def test_nothing_is_refuted_where_all_is_as_told() -> None:
 
 
 def twice(seed: int, *, other_class: int | None) -> tuple[Batch, np.ndarray]:
-    """Three hard examples, the first there twice, once with another class; and the labels of the three distinct ones."""
+    """Three hard examples, the first there twice, once with another class; and the three distinct ones' labels."""
     batch = draw_batch(["hard"] * 3, seed, bias=True)
     again = batch.labels[:1] if other_class is None else np.eye(CLASSES, dtype=np.float32)[[other_class]]
     features, labels = np.concatenate([batch.features, batch.features[:1]]), np.concatenate([batch.labels, again])
