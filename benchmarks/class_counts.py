@@ -90,8 +90,8 @@ def synthetic_head(deviation: float, seed: int, classes: int, examples: int) -> 
     middle = rng.uniform(0.2, 1.0, MANY_FEATURES)
     features = np.maximum(0, middle * (1 + deviation * rng.normal(size=(examples, MANY_FEATURES))))
     weight, bias = rng.uniform(-bound, bound, (classes, MANY_FEATURES)), rng.uniform(-bound, bound, classes)
-    single = (np.asarray(array, np.float32) for array in (weight, bias, features))
-    return Head(*single, rng.integers(classes, size=examples))
+    weight, bias, features = (np.asarray(array, np.float32) for array in (weight, bias, features))
+    return Head(weight, bias, features, rng.integers(classes, size=examples))
 
 
 def attack(head: Head, chosen: np.ndarray, has_bias: bool) -> dict[str, dict[str, float]]:

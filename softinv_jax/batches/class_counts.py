@@ -172,11 +172,13 @@ def _over_lengths(weight: jax.Array, gradient: jax.Array, examples: float) -> tu
     logits = every[:, None] * (np.asarray(weight) @ direction)
     labels = softmax(logits, axis=1) - size / every[:, None]
     reach = DEVIATIONS * deviations
-    possible = np.all((labels >= -reach) & (labels <= 1 + reach), axis=1)
+    # The true length may lie between two that are tried: off by as much as a label moves from one to the next.
+    steps = np.abs(np.diff(labels, axis=0))
+    slack = reach + np.maximum(np.pad(steps, ((1, 0), (0, 0))), np.pad(steps, ((0, 1), (0, 0))))
+    possible = np.all((labels >= -slack) & (labels <= 1 + slack), axis=1)
     if not np.any(possible):
         nothing = np.full(len(size), np.nan)
         return nothing, nothing, np.broadcast_to([0.0, 1.0], (len(size), 2))
-    # The true length may lie anywhere between a length that is possible and the next one tried.
     possible[:-1] |= possible[1:].copy()
     possible[1:] |= possible[:-1].copy()
     low, high = np.min((labels - reach)[possible], axis=0), np.max((labels + reach)[possible], axis=0)

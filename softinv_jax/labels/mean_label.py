@@ -84,9 +84,9 @@ def _mean_prediction(
         share = mean - bias_gradient
         share = jnp.where(share > present, share, 0.0)
         within = jnp.sqrt(jnp.maximum(examples * share - 1, 0.0))[:, None]
-        middle = jax.nn.softmax(logits + offsets, axis=1)
-        higher = jax.nn.softmax(logits + offsets * (1 + within), axis=1)
-        lower = jax.nn.softmax(logits + offsets * (1 - within), axis=1)
+        middle = jax.nn.softmax(logits[None, :] + offsets, axis=1)
+        higher = jax.nn.softmax(logits[None, :] + offsets * (1 + within), axis=1)
+        lower = jax.nn.softmax(logits[None, :] + offsets * (1 - within), axis=1)
         return share, middle, higher, lower
 
     def improve(_: int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

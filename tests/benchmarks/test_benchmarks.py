@@ -18,6 +18,7 @@ from softinv_jax.client import LeNet, apply_function, initialise, load_photograp
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = (
     "batches",
+    "class_counts",
     "hard_labels",
     "images",
     "images_by_label_mode",
