@@ -70,8 +70,8 @@ print("largest error of each label:", error)
 # ## When something that was told is not so
 #
 # Here the observer believes that it sees gradients, but every one of them was multiplied by 0.1. The gradient
-# contradicts that scale, and says which one it is at. Where nothing confirms what was told (a dense label of a head with
-# a bias, for one) the verdict is `conditional`, and `assumptions.rests_on` names what the label rests on.
+# contradicts that scale, and says which one it is at. Where nothing confirms what was told (a dense label of a head
+# with a bias, for one) the verdict is `conditional`, and `assumptions.rests_on` names what the label rests on.
 
 # %%
 one = jax.tree.map(lambda array: 0.1 * array[0], gradients)

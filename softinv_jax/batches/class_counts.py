@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import erf
+from scipy.special import erf, softmax
 
 from softinv_jax.float64 import in_float64
 from softinv_jax.labels.mean_label import mean_label
@@ -23,6 +23,7 @@ __all__ = ["ClassCounts", "count_classes", "whole_counts"]
 SURE = 0.99  # Of a count that is told.
 DEVIATIONS = 6.0
 LENGTHS = 400  # Of the mean feature, tried without a bias.
+EACH = 17  # How many of them share a deviation: 799 = 47 * 17, the last place.
 SHORTEST, LONGEST = 1e-2, 1e2  # In ranges of the logits.
 
 
@@ -100,13 +101,16 @@ def count_classes(
     if np.any(outside) or not np.all(np.isfinite(label)) or not np.any(np.asarray(gradient)):
         label, deviation = np.full_like(label, np.nan), np.full_like(deviation, np.inf)
         interval = np.broadcast_to([0.0, 1.0], interval.shape)
-    return _counted(label, deviation, np.clip(interval, 0.0, 1.0), batch_size)
+    has_bias = observation.bias_gradient is not None
+    return _counted(label, deviation, np.clip(interval, 0.0, 1.0), batch_size, has_bias)
 
 
 _mean_label = jax.jit(mean_label)
 
 
-def _counted(label: np.ndarray, deviation: np.ndarray, interval: np.ndarray, batch_size: int | None) -> ClassCounts:
+def _counted(
+    label: np.ndarray, deviation: np.ndarray, interval: np.ndarray, batch_size: int | None, has_bias: bool
+) -> ClassCounts:
     unknown = np.full(label.shape, -1)
     if batch_size is None or not np.all(np.isfinite(label)):
         nothing = np.zeros(label.shape)
@@ -116,6 +120,10 @@ def _counted(label: np.ndarray, deviation: np.ndarray, interval: np.ndarray, bat
     # The middle of the whole number's interval is not the mean label: what is left of the interval on either side.
     offset = likeliest - batch_size * label
     certainty = (erf((0.5 - offset) / (spread * np.sqrt(2))) + erf((0.5 + offset) / (spread * np.sqrt(2)))) / 2
+    if not has_bias:  # One length moves all of the label: no error with a distribution, only an interval.
+        below, above = batch_size * interval[:, 0] > likeliest - 1, batch_size * interval[:, 1] < likeliest + 1
+        within = (batch_size * interval[:, 0] <= likeliest) & (batch_size * interval[:, 1] >= likeliest)
+        certainty = np.where(below & above & within, 1.0, np.minimum(certainty, 0.5))
     is_whole = bool(np.all(np.abs(offset) <= DEVIATIONS * spread + 1e-6))
     sure = is_whole & (certainty >= SURE)
     return ClassCounts(
@@ -154,20 +162,43 @@ def _over_lengths(weight: jax.Array, gradient: jax.Array, examples: float) -> tu
     direction, size = right[0], left[:, 0] * values[0]
     spread = max(float(np.ptp(np.asarray(weight) @ direction)), 1e-300)
     lengths = np.geomspace(SHORTEST, LONGEST, LENGTHS) / spread
-    zero = jnp.zeros(len(size))
-
-    def at(length: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # The strongest direction times a length stands for the mean feature, and u over it for dL/db.
-        found = mean_label(weight, gradient, zero, jnp.asarray(size) / length, examples)
-        prediction = jax.nn.softmax(length * (weight @ jnp.asarray(direction)))
-        return prediction - jnp.asarray(size) / length, found.deviation
-
-    every = np.concatenate([lengths, -lengths])
-    labels, deviations = (np.asarray(part) for part in jax.jit(jax.vmap(at))(jnp.asarray(every)))
+    every = np.concatenate([lengths[::-1], -lengths])
+    at_some = every[::EACH]
+    some = np.asarray(
+        _deviations(jnp.asarray(at_some), weight, gradient, jnp.asarray(size), jnp.asarray(direction), examples)
+    )
+    places = np.arange(len(every))
+    deviations = np.exp([np.interp(places, places[::EACH], row) for row in np.log(np.maximum(some, 1e-300)).T]).T
+    logits = every[:, None] * (np.asarray(weight) @ direction)
+    labels = softmax(logits, axis=1) - size / every[:, None]
     reach = DEVIATIONS * deviations
-    possible = np.all((labels >= -reach) & (labels <= 1 + reach), axis=1)
+    # The true length may lie between two that are tried: off by as much as a label moves from one to the next.
+    steps = np.abs(np.diff(labels, axis=0))
+    slack = reach + np.maximum(np.pad(steps, ((1, 0), (0, 0))), np.pad(steps, ((0, 1), (0, 0))))
+    possible = np.all((labels >= -slack) & (labels <= 1 + slack), axis=1)
     if not np.any(possible):
         nothing = np.full(len(size), np.nan)
         return nothing, nothing, np.broadcast_to([0.0, 1.0], (len(size), 2))
+    possible[:-1] |= possible[1:].copy()
+    possible[1:] |= possible[:-1].copy()
     low, high = np.min((labels - reach)[possible], axis=0), np.max((labels + reach)[possible], axis=0)
     return (low + high) / 2, (high - low) / (2 * DEVIATIONS), np.stack([low, high], axis=1)
+
+
+@jax.jit
+def _deviations(
+    lengths: jax.Array, weight: jax.Array, gradient: jax.Array, size: jax.Array, direction: jax.Array, examples: float
+) -> jax.Array:
+    """(L, C) of the mean label, at each length of the mean feature along the strongest direction."""
+    across = jnp.sum((gradient - size[:, None] * direction[None, :]) ** 2, axis=1)
+
+    def at(length: jax.Array) -> jax.Array:
+        # The strongest direction times a length stands for the mean feature, and u over it for dL/db.
+        found = mean_label(weight, gradient, jnp.zeros_like(size), size / length, examples)
+        label = jax.nn.softmax(length * (weight @ direction)) - size / length
+        # Features scatter along the direction too, unseen: at most as much as across it, all directions together.
+        share = jnp.maximum(label, 0.5 / examples)
+        along = jnp.sqrt(jnp.maximum(across, share * jnp.sum(across) / jnp.sum(share))) / jnp.abs(length)
+        return jnp.sqrt(found.deviation**2 + along**2)
+
+    return jax.lax.map(at, lengths)

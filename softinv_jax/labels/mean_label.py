@@ -22,13 +22,15 @@ __all__ = ["mean_label"]
 ROUNDS = 6
 # What rows of classes that nobody has still scatter by: features and predictions of one example go together.
 SHARED = 0.02
-# What the rows stand for is a model of the examples: its correction is trusted to this many times its own size.
-DOUBT = 2.0
 # Student's t at what six deviations are to hold, 99.99 %, over six.
 FREEDOMS = np.geomspace(0.5, 100, 60)
 EXCESS = np.maximum(student_t.ppf(1 - 0.5e-4, FREEDOMS) / 6, 1.0)
 # Rows that decide the feature by themselves show no scatter of their own.
 LARGEST_LEVERAGE = 0.95
+PREDICTION_ROUNDS = 8
+KNOWN = 2.0  # Standard deviations by which the logit of an example that is known already lies higher.
+ALONE = 0.9  # Examples: of a class with fewer there is one at most.
+ROUNDING = 2.0**-23  # Of the client, in single precision.
 
 
 def mean_label(
@@ -63,18 +65,74 @@ def mean_label(
 
     # What each row, were it another one of its kind, would have made of the mean feature.
     of_feature = jnp.sum((prediction_with(moved * shares[:, None]) - prediction[None, :]) ** 2, axis=0)
-    # A row of a class that n of B examples have scatters by sqrt(n) / B of what one example does.
-    share = jnp.maximum(prediction - bias_gradient, 0.5 / examples)
-    single = moved * jnp.sqrt(examples / share)[:, None]
-    either_way = (prediction_with(single) + prediction_with(-single)) / 2
-    bend = share @ (either_way - prediction[None, :]) / jnp.sum(share)
-    # The kinds of examples that the rows stand for are few: where they change the whole, they are wrong in part.
-    whole = (prediction + bend) * jnp.sum(jnp.abs(bend))
     # As many rows as really count are few independent estimates, whose scatter is itself uncertain: Student's t.
     freedom = 1 / jnp.maximum(jnp.sum(leverage**2), 1e-300) - 1
     excess = jnp.interp(freedom, jnp.asarray(FREEDOMS), jnp.asarray(EXCESS))
-    deviation = jnp.sqrt(excess**2 * of_feature + DOUBT**2 * (bend**2 + whole**2))
-    return MeanLabel(prediction + bend - bias_gradient, deviation)
+    mean, error = _mean_prediction(logits, moved, bias_gradient, examples)
+    label = mean - bias_gradient
+    rounding = ROUNDING * ((1 + jnp.max(jnp.abs(logits))) * (mean + jnp.abs(label)) + 1 / examples)
+    return MeanLabel(label, jnp.sqrt(excess**2 * of_feature + error**2 + rounding**2))
+
+
+def _mean_prediction(
+    logits: jax.Array, moved: jax.Array, bias_gradient: jax.Array, examples: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """(C,) mean of the softmax over examples whose logits differ, and (C,) how far it can be off.
+
+    With share n_c / B of class c, whose logits are off the mean by m_c, and prediction p_k of the examples of class k,
+
+        scatter of row c  =  sum_k n_k / B p_kc m_k - n_c / B m_c.
+
+    Solved for m in rounds. Within a class examples scatter as much as n_c of them make the mean of a class scatter.
+    """
+    prediction = jax.nn.softmax(logits)
+    present = 0.25 / examples
+
+    def around(mean: jax.Array, offsets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        share = mean - bias_gradient
+        share = jnp.where(share > present, share, 0.0)
+        within = jnp.sqrt(jnp.maximum(examples * share - 1, 0.0))[:, None]
+        middle = jax.nn.softmax(logits[None, :] + offsets, axis=1)
+        higher = jax.nn.softmax(logits[None, :] + offsets * (1 + within), axis=1)
+        lower = jax.nn.softmax(logits[None, :] + offsets * (1 - within), axis=1)
+        return share, middle, higher, lower
+
+    def improve(_: int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean, _before, offsets = state
+        share, middle, higher, lower = around(mean, offsets)
+        other = middle.T @ (share[:, None] * offsets) - moved
+        offsets = jnp.where(share[:, None] > 0, other / jnp.maximum(share, present)[:, None], 0.0)
+        share, middle, higher, lower = around(mean, offsets)
+        return share @ (higher + lower) / (2 * jnp.maximum(jnp.sum(share), present)), mean, offsets
+
+    start = (prediction, prediction, jnp.zeros_like(moved))
+    mean, before, offsets = jax.lax.fori_loop(0, PREDICTION_ROUNDS, improve, start)
+    share, middle, higher, lower = around(mean, offsets)
+    unseen = share @ jnp.abs((higher + lower) / 2 - middle)
+    whole = mean * jnp.sum(unseen)
+    hidden = _hidden(share, logits, offsets, examples)
+    return mean, jnp.sqrt(unseen**2 + whole**2 + hidden**2) + jnp.abs(mean - before)
+
+
+def _hidden(share: jax.Array, logits: jax.Array, offsets: jax.Array, examples: jax.Array | float) -> jax.Array:
+    """(C,) what examples that have next to no gradient do to the mean prediction.
+
+    The network knows their class already: where a class has more than one example, those it knows go unseen behind
+    those it does not. How far its logit rises for them is told by how it scatters among the classes.
+
+    Args:
+      share: (C,) of each class. logits: (C,) of the mean. offsets: (C, C) from them, of the examples of each class.
+    """
+    weights = share / jnp.maximum(jnp.sum(share), 1e-300)
+    rise = jnp.diagonal(offsets)
+    scatter = jnp.sqrt(weights @ (rise - weights @ rise) ** 2)
+    odds = logits - jax.nn.logsumexp(logits)
+    odds = odds - jnp.log(-jnp.expm1(jnp.minimum(odds, -1e-12)))  # Logit of the class against all others.
+    known = jax.nn.sigmoid(odds + rise + KNOWN * scatter) - jax.nn.sigmoid(odds + rise)
+    more = jnp.maximum(share - ALONE / examples, 0.0)
+    of_own = jnp.sqrt(more / examples) * known
+    # What is added to one class is missing from the others.
+    return of_own + jnp.exp(logits - jax.nn.logsumexp(logits)) * jnp.sqrt(jnp.sum(of_own**2))
 
 
 def _row_variance(weight: jax.Array, bias: jax.Array, bias_gradient: jax.Array, feature: jax.Array) -> jax.Array:

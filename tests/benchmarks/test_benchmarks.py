@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = (
     "batches",
     "field",
+    "class_counts",
     "hard_labels",
     "images",
     "images_by_label_mode",
