@@ -8,10 +8,10 @@ else photographs. The observer has the parameters before and after. It is told t
 SGD. It takes every update for one step of SGD on one example. Most are not: a `unique` label of those is wrong. So is
 one that is off by more than 1e-3 and by more than six of its deviations, or with another loss than the client's.
 
-In the rows "told", the observer knows that there were four examples in one step of SGD. (Examples that cannot be told
-apart are given as one, and the mean of their labels is right.) The mean label of several
-examples is checked where the loss is cross-entropy. A row is over all networks. The JSON says of wrong ones which
-network it was. `--seeds` has no effect: each network has one set of parameters.
+In the rows "told", the observer knows that there were four examples in one step of SGD. Examples that cannot be told
+apart are given as one, and the mean of their labels is right. The mean label of several examples, where that is not
+told, is checked if the loss is cross-entropy. A row is over all networks. The JSON says of wrong ones which network it
+was. `--seeds` has no effect: each network has one set of parameters.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def judge_told(setting: Setting, updates: list[Update]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     seconds = 0.0
     for one in updates:
+        found: Any
         found, own = timed(lambda one=one: softinv_jax.recover(one.observation, batch_size=setting.examples))
         seconds += own
         names = softinv_jax.verdict_names(found.verdict)
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, help="of each network and setting (2; 1 with --quick, 8 with --full)")
     arguments = parser.parse_args()
     try:
-        from field_clients import NETWORKS, served  # noqa: PLC0415
+        from field_clients import NETWORKS, served  # noqa: PLC0415 - needs PyTorch
     except ModuleNotFoundError as error:
         raise SystemExit(f"this benchmark trains in PyTorch, which is missing ({error}): pip install torch") from None
     run = Run("field", arguments)

@@ -18,6 +18,7 @@ from softinv_jax.client import LeNet, apply_function, initialise, load_photograp
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = (
     "batches",
+    "field",
     "hard_labels",
     "images",
     "images_by_label_mode",
@@ -26,6 +27,7 @@ SCRIPTS = (
     "noise",
     "peers",
     "soft_labels",
+    "soundness",
     "train",
     "unknown_format",
 )
