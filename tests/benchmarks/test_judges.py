@@ -1,4 +1,4 @@
-"""What counts wrong labels must be able to: the judges of the soundness and field benchmarks against falsified truth."""
+"""The judges of the soundness and field benchmarks: falsified truth must be counted as wrong."""
 
 import importlib
 import sys
@@ -47,7 +47,7 @@ def test_judge_calls_falsified_truth_wrong() -> None:
     other = replace(clients, label=np.roll(clients.label, 1, axis=2))
     counts = soundness.judge(cell, clients)
     assert (counts["unique_right"], counts["unique_wrong"], counts["entries_beyond"]) == (4, 0, 0)
-    assert counts["entries_told"] == 40
+    assert counts["entries_told"] == 4 * 10
     assert soundness.judge(cell, other)["wrong_label"] == 4
     assert soundness.judge(replace(cell, examples=2), clients)["wrong_label"] == 4
     assert soundness.judge(replace(cell, factor=0.5), clients)["wrong_loss"] == 4
