@@ -18,6 +18,7 @@ __all__ = ["Leftover", "count_examples", "describe_leftover", "is_one_size"]
 
 POWER_STEPS = 16
 BEYOND_SPREAD = 6.0
+SUM_LEFT = 0.5  # Of the noise's sum: with less, as of sigmoids, it says too little.
 BY_ACCIDENT = 16.0  # Nats: one in ten million.
 FEW_DIGITS = 2.0**-13
 # Gaussian matrices exceed their edge by t with probability exp(-t^2 / 2): one in a hundred thousand.
@@ -77,18 +78,18 @@ def describe_leftover(
     few_digits = _is_rounding_to_digits(gradient, expected, error, relative_rounding)
     beyond_digits = ~few_digits
     stands_out = (_largest_singular_value(whitened) > edge) & beyond_digits
-    alike = (_rows_alike(whitened, axis) | _adds_up_to_zero(error)) & beyond_digits
+    alike = (_rows_alike(whitened, axis) | _adds_up_to_zero(error, left)) & beyond_digits
     if noise is not None:  # What is known to be there is no example.
         told = jnp.where(noise[:, None] > 0, error / jnp.where(noise > 0, noise, 1.0)[:, None], jnp.inf)
         beyond = _largest_singular_value(told) > edge
-        stands_out, alike = stands_out & beyond, alike & (beyond | _adds_up_to_zero(error))
+        stands_out, alike = stands_out & beyond, alike & (beyond | _adds_up_to_zero(error, left))
     column_square = jnp.mean(whitened**2, axis=0)
     usual = jnp.mean(column_square)
     bias_excess = jnp.sqrt(column_square[-1] / jnp.where(usual > 0, usual, 1.0)) if has_bias else jnp.ones(())
     return Leftover(
         stands_out=stands_out,
         rows_alike=alike,
-        deleted=_deleted(gradient, expected, error) & beyond_digits,
+        deleted=_deleted(gradient, expected, error, noise) & beyond_digits,
         few_digits=few_digits,
         bias_excess=jnp.maximum(bias_excess, 1.0),
     )
@@ -157,19 +158,22 @@ def _rows_alike(whitened: jax.Array, axis: jax.Array) -> jax.Array:
     return jnp.sum(gram**2) - expected > BEYOND_SPREAD * spread
 
 
-def _adds_up_to_zero(error: jax.Array) -> jax.Array:
+def _adds_up_to_zero(error: jax.Array, left: jax.Array) -> jax.Array:
     """() bool: the rows cancel far better than those of noise ever would, as dL/dz of every softmax example does.
 
-    u adds up to zero itself, so that taking its part out leaves the sum of the noise as it was. Its square, over all
-    squares, is chi-square of d degrees of freedom over d; r or less has (d / 2) (r - 1 - log r) nats (Chernoff).
+    Where u adds up to zero itself, taking its part out leaves the sum of the noise as it was; else a share of it. Its
+    square, over all squares, is chi-square of d degrees of freedom over d; r or less has (d / 2) (r - 1 - log r) nats
+    (Chernoff).
     """
     total = jnp.sum(error**2)
     share = jnp.sum(error**2, axis=0)
     square = jnp.sum(share**2)
     columns = jnp.sum(share) ** 2 / jnp.where(square > 0, square, 1.0)
     ratio = jnp.sum(jnp.sum(error, axis=0) ** 2) / jnp.where(total > 0, total, 1.0)
-    safe = jnp.clip(ratio, 1e-300, 1.0)
-    return (total > 0) & (columns / 2 * (safe - 1 - jnp.log(safe)) > BY_ACCIDENT)
+    square = jnp.sum(left**2)
+    kept = 1 - jnp.sum(left) ** 2 / jnp.where(square > 0, left.size * square, 1.0)
+    safe = jnp.clip(ratio / jnp.maximum(kept, SUM_LEFT), 1e-300, 1.0)
+    return (total > 0) & (kept > SUM_LEFT) & (columns / 2 * (safe - 1 - jnp.log(safe)) > BY_ACCIDENT)
 
 
 def _largest_singular_value(matrix: jax.Array) -> jax.Array:
@@ -185,13 +189,19 @@ def _largest_singular_value(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum((matrix @ right) ** 2))
 
 
-def _deleted(gradient: jax.Array, expected: jax.Array, error: jax.Array) -> jax.Array:
-    """() bool: the entries that are zero, in rows and columns that are not, err far more than the others."""
+def _deleted(gradient: jax.Array, expected: jax.Array, error: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """() bool: the entries that are zero, in rows and columns that are not, err far more than the others.
+
+    And than noise that is known to be there: parameters of different sizes are rounded in different steps.
+    """
     is_zero = gradient == 0
     empty = jnp.all(is_zero, axis=1, keepdims=True) | jnp.all(is_zero, axis=0, keepdims=True)
     zeros, others = is_zero & ~empty, ~is_zero
     at_zeros = jnp.sum(jnp.where(zeros, expected**2, 0.0)) / jnp.maximum(jnp.sum(zeros), 1)
     elsewhere = jnp.sum(jnp.where(others, error**2, 0.0)) / jnp.maximum(jnp.sum(others), 1)
+    if noise is not None:
+        own = jnp.sum(jnp.where(zeros, noise[:, None] ** 2, 0.0)) / jnp.maximum(jnp.sum(zeros), 1)
+        elsewhere = jnp.maximum(elsewhere, own)
     return (jnp.sum(zeros) >= 3) & (at_zeros > TELLTALE_ZEROS**2 * elsewhere)
 
 
