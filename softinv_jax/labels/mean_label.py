@@ -90,7 +90,7 @@ def _mean_prediction(
         return share, middle, higher, lower
 
     def improve(_: int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mean, _, offsets = state
+        mean, offsets = state[0], state[2]
         share, middle, higher, lower = around(mean, offsets)
         other = middle.T @ (share[:, None] * offsets) - moved
         offsets = jnp.where(share[:, None] > 0, other / jnp.maximum(share, present)[:, None], 0.0)
