@@ -1,8 +1,11 @@
 """Is `unique` ever wrong? Gradients of every loss, step, precision and defence that clients are known for.
 
+    python benchmarks/soundness.py [--gradients 400] [--cells PATTERN ...] [--against JSON] [--quick] [--seeds 5]
+
 Nothing is told to the recovery but the head (and, where the row says so, the batch size or that the scale is unknown).
 A label is wrong if it is off by more than 1e-3 and by more than six of its stated deviations, if the gradient is not of
 one example, or if the loss said is another one. Right ones stand beside it: silence is no soundness.
+`--seeds` has no effect: every setting has one head.
 """
 
 from __future__ import annotations

@@ -67,6 +67,20 @@ error = np.abs(recovery.label - np.asarray(private.labels)).max(axis=1)
 print("largest error of each label:", error)
 
 # %% [markdown]
+# ## When something that was told is not so
+#
+# Here the observer believes that it sees gradients, but every one of them was multiplied by 0.1. The gradient
+# contradicts that scale, and says which one it is at. Where nothing confirms what was told (a dense label of a head
+# with a bias, for one) the verdict is `conditional`, and `assumptions.rests_on` names what the label rests on.
+
+# %%
+one = jax.tree.map(lambda array: 0.1 * array[0], gradients)
+misled = softinv_jax.recover(softinv_jax.observe_head(parameters, one))
+print(misled.verdict_name, "at a scale of", misled.scale)
+for refuted in softinv_jax.explain_assumptions(misled.assumptions.refuted):
+    print(f"{refuted.code}: {refuted.sentence} {refuted.remedy}")
+
+# %% [markdown]
 # ## The observer: images
 #
 # LeNet is a chain of invertible layers, so the image follows layer by layer.
@@ -95,4 +109,6 @@ images_figure(
 structured = LABEL_FORMAT != "dense"
 assert not structured or (recovery.verdict == softinv_jax.Verdict.UNIQUE).all()
 assert not structured or error.max() < 1e-4
+assert not structured or misled.verdict >= softinv_jax.Verdict.AMBIGUOUS
+assert not structured or abs(misled.scale - 0.1) < 1e-3
 assert not structured or quality.min() > 60

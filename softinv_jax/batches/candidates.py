@@ -191,8 +191,10 @@ def without(observed: np.ndarray, found: list[Component], values: np.ndarray) ->
 
 
 def overlaps(pool: list[Component], values: np.ndarray) -> np.ndarray:
-    """(n, n) x_i^T G^+ g_j."""
-    return np.array([one.coordinates / values for one in pool]) @ np.array([one.dual for one in pool]).T
+    """(n, n) x_i^T G^+ g_j; n may be 0, where no solution is plausible."""
+    shape = len(pool), values.size
+    features = np.array([one.coordinates / values for one in pool]).reshape(shape)
+    return features @ np.array([one.dual for one in pool]).reshape(shape).T
 
 
 def cliques(joined: np.ndarray, size: int) -> Iterator[list[int]]:

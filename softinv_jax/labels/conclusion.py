@@ -129,6 +129,8 @@ def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:
     contradicted = jnp.zeros((), bool)
     if asked.has_bias and asked.told_scale and not asked.is_published:
         plain, closed, contradicted = _closed_form(reading, outcome, sigmoids)
+        # What moves over several steps can leave [0, 1] a little.
+        contradicted = contradicted & (not asked.approximate)
         told = (~outcome.scale & ~outcome.scalar) | sigmoids
         conditional = ~unique & told & closed & ~contradicted
         best = jax.tree.map(lambda a, b: jnp.where(conditional & ~structured, a, b), plain, best)

@@ -65,68 +65,88 @@ def recover_many(
     gradient = observation.weight_gradient
     if gradient.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradient.shape}; use recover for one")
-    examples = gradient.shape[0]
+    # Only the thorough search tries other losses, and fewer than three classes have no triples to be fast with.
     thorough = thorough or loss not in ("auto", "cross_entropy") or observation.weight.shape[0] < 3
     stages = recovery.stages_for(
         observation, method, unknown_scale, label_format, thorough, loss, approximate=approximate
     )
-    foreign = [str(device) for device in devices or () if device.process_index != jax.process_index()]
-    if foreign:
-        raise ValueError(
-            f"devices {', '.join(foreign)} belong to another process; give some of jax.local_devices(), and share the"
-            " examples between processes with softinv_jax.streaming.recover_stream"
-        )
-    place = _Place(tuple(devices or ()))
-    share = _chunk_size(-(-examples // place.shares), gradient.dtype.itemsize * int(np.prod(gradient.shape[1:])))
-    chunk = share * place.shares
+    place = _place(devices)
     # The search computes in float64 anyway: converted here, W is converted once and not once a chunk.
     observation = replace(observation, weight=jnp.asarray(observation.weight, jnp.float64))
     if isinstance(gradient, jax.Array) and all(device.platform == "cpu" for device in gradient.devices()):
         # A view, of which chunks are taken without copying.
         observation = replace(observation, weight_gradient=np.asarray(gradient))  # type: ignore[arg-type]
     report = progress or (lambda done, total: None)
-
-    done, parts = 0, []
-    result, unsure = None, np.arange(examples)
     if thorough:
         _name_bad_value(observation)
-    else:
-        starts = range(0, examples, chunk)
+        return _search_thoroughly(observation, np.arange(len(gradient)), stages, place, report, 0)
+    result, done = _search_fast(observation, stages, place, report)
+    unsure = np.flatnonzero(~_settled(result, method))
+    if not unsure.size:
+        return result
+    return _merge(result, _search_thoroughly(observation, unsure, stages, place, report, done), unsure)
 
-        @in_float64  # Which is set for one thread only.
-        def search(start: int) -> Recovery:
-            part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk, place)
-            return jax.device_get(_recover_chunk(part, stages, place))
 
-        for start, part in zip(starts, _in_turn(search, starts, place), strict=True):
-            parts.append(part)
-            if not np.all(np.isfinite(part.evidence.rank_one_residual)):
-                _name_bad_value(observation)
-            done += int(np.count_nonzero(_settled(part, method)[: examples - start]))
-            report(done, examples)
-        result = _stack(parts, examples)
-        unsure = np.flatnonzero(~_settled(result, method))
-    # One example a device at a time: only the branch it needs (consensus or likelihood), and one compiled program for
-    # any number of them.
-    starts = range(0, unsure.size, place.shares)
+def _place(devices: Sequence[jax.Device] | None) -> "_Place":
+    foreign = [str(device) for device in devices or () if device.process_index != jax.process_index()]
+    if foreign:
+        raise ValueError(
+            f"devices {', '.join(foreign)} belong to another process; give some of jax.local_devices(), and share the"
+            " examples between processes with softinv_jax.streaming.recover_stream"
+        )
+    return _Place(tuple(devices or ()))
+
+
+def _search_fast(
+    observation: Observation, stages: recovery.Stages, place: "_Place", report: Callable[[int, int], None]
+) -> tuple[Recovery, int]:
+    """Every example by the fast search, chunk by chunk; and how many of them that settles."""
+    gradient = observation.weight_gradient
+    examples = gradient.shape[0]
+    share = _chunk_size(-(-examples // place.shares), gradient.dtype.itemsize * int(np.prod(gradient.shape[1:])))
+    chunk = share * place.shares
+    starts = range(0, examples, chunk)
+
+    @in_float64  # Which is set for one thread only.
+    def search(start: int) -> Recovery:
+        part = _chunk(observation, np.arange(start, min(start + chunk, examples)), chunk, place)
+        return jax.device_get(_recover_chunk(part, stages, place))
+
+    done, parts = 0, []
+    for start, part in zip(starts, _in_turn(search, starts, place), strict=True):
+        parts.append(part)
+        if not np.all(np.isfinite(part.evidence.rank_one_residual)):
+            _name_bad_value(observation)
+        done += int(np.count_nonzero(_settled(part, stages.method)[: examples - start]))
+        report(done, examples)
+    return _stack(parts, examples), done
+
+
+def _search_thoroughly(
+    observation: Observation,
+    indices: np.ndarray,
+    stages: recovery.Stages,
+    place: "_Place",
+    report: Callable[[int, int], None],
+    done: int,
+) -> Recovery:
+    """The examples at `indices`, one a device at a time: only the branch it needs (consensus or likelihood), and one
+    compiled program for any number of them. `done` are settled already.
+    """
+    starts = range(0, indices.size, place.shares)
 
     @in_float64
-    def search_thoroughly(start: int) -> Recovery:
-        part = _chunk(observation, unsure[start : start + place.shares], place.shares, place)
+    def search(start: int) -> Recovery:
+        part = _chunk(observation, indices[start : start + place.shares], place.shares, place)
         return jax.device_get(_recover_chunk(part, stages._replace(thorough=True), place))
 
     refined = []
-    for part in _in_turn(search_thoroughly, starts, place):
+    examples = observation.weight_gradient.shape[0]
+    for part in _in_turn(search, starts, place):
         refined.append(part)
         done = min(done + place.shares, examples)
         report(done, examples)
-    if not refined:
-        assert result is not None
-        return result
-    sharper = _stack(refined, unsure.size)
-    if result is None:
-        return sharper
-    return _merge(result, sharper, unsure)
+    return _stack(refined, indices.size)
 
 
 class _Place(NamedTuple):

@@ -12,6 +12,8 @@ Federated Learning (iLRG), ICLR 2023. The weights, the deviations and the second
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.stats import t as student_t
 
 from softinv_jax.labels.verdicts import MeanLabel
 
@@ -20,6 +22,9 @@ __all__ = ["mean_label"]
 ROUNDS = 6
 # What rows of classes that nobody has still scatter by: features and predictions of one example go together.
 SHARED = 0.02
+# Student's t at what six deviations are to hold, 99.99 %, over six.
+FREEDOMS = np.geomspace(0.5, 100, 60)
+EXCESS = np.maximum(student_t.ppf(1 - 0.5e-4, FREEDOMS) / 6, 1.0)
 # Rows that decide the feature by themselves show no scatter of their own.
 LARGEST_LEVERAGE = 0.95
 PREDICTION_ROUNDS = 8
@@ -60,10 +65,13 @@ def mean_label(
 
     # What each row, were it another one of its kind, would have made of the mean feature.
     of_feature = jnp.sum((prediction_with(moved * shares[:, None]) - prediction[None, :]) ** 2, axis=0)
+    # As many rows as really count are few independent estimates, whose scatter is itself uncertain: Student's t.
+    freedom = 1 / jnp.maximum(jnp.sum(leverage**2), 1e-300) - 1
+    excess = jnp.interp(freedom, jnp.asarray(FREEDOMS), jnp.asarray(EXCESS))
     mean, error = _mean_prediction(logits, moved, bias_gradient, examples)
     label = mean - bias_gradient
     rounding = ROUNDING * ((1 + jnp.max(jnp.abs(logits))) * (mean + jnp.abs(label)) + 1 / examples)
-    return MeanLabel(label, jnp.sqrt(of_feature + error**2 + rounding**2))
+    return MeanLabel(label, jnp.sqrt(excess**2 * of_feature + error**2 + rounding**2))
 
 
 def _mean_prediction(
@@ -90,7 +98,7 @@ def _mean_prediction(
         return share, middle, higher, lower
 
     def improve(_: int, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mean, offsets = state[0], state[2]
+        mean, _before, offsets = state
         share, middle, higher, lower = around(mean, offsets)
         other = middle.T @ (share[:, None] * offsets) - moved
         offsets = jnp.where(share[:, None] > 0, other / jnp.maximum(share, present)[:, None], 0.0)

@@ -18,6 +18,7 @@ __all__ = ["FORMATS", "minimise_variance", "variance_loss"]
 
 FORMATS = {"smoothing": 1, "mixup": 2}
 STEPS = 12
+SETTLING = 6
 STARTS = 16
 
 
@@ -40,58 +41,75 @@ def minimise_variance(equation: ScalarEquation, excluded: int) -> tuple[jax.Arra
       () lambda and () its loss: the lowest of the end points whose label lies in [0, 1] up to 1e-3, followed to
       its minimum.
     """
+    magnitudes = _starting_magnitudes(equation)
+    starts = jnp.concatenate([magnitudes, magnitudes])
+    signs = jnp.concatenate([jnp.ones(STARTS), -jnp.ones(STARTS)])
+    scalars = jax.vmap(lambda start, sign: _descend(equation, start, sign, excluded))(starts, signs)
+
+    def settle(_: int, at: jax.Array) -> jax.Array:
+        return jax.vmap(lambda scalar: _settle(equation, scalar, excluded))(at)
+
+    scalars = jax.lax.fori_loop(0, SETTLING, settle, scalars)
+    losses = jax.vmap(lambda scalar: variance_loss(equation, scalar, excluded))(scalars)
+    # Beyond the starting points the loss only falls to zero with the prediction's last doubt.
+    inside = jnp.abs(scalars) <= 2 * jnp.exp(magnitudes[-1])
+    valid = jax.vmap(lambda scalar: _is_label(equation, scalar))(scalars)
+    best = argmin(jnp.where(valid & inside, losses, jnp.inf))
+    return scalars[best], losses[best]
+
+
+def _starting_magnitudes(equation: ScalarEquation) -> jax.Array:
+    """(STARTS,) log |lambda|: logit ranges of 0.1 to 300, flatter and sharper than any trained network predicts."""
     spread = jnp.max(equation.direction) - jnp.min(equation.direction)
     spread = jnp.where(spread > 0, spread, 1.0)
-    # Logit ranges of 0.1 to 300: flatter and sharper predictions than any trained network's.
-    magnitudes = jnp.log(jnp.geomspace(0.1, 300.0, STARTS)) - jnp.log(spread)
+    return jnp.log(jnp.geomspace(0.1, 300.0, STARTS)) - jnp.log(spread)
+
+
+def _descend(equation: ScalarEquation, start: jax.Array, sign: jax.Array, excluded: int) -> jax.Array:
+    """() the scalar of the lowest loss on the way of L-BFGS from one start."""
     optimiser = optax.lbfgs(
         memory_size=5, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=5, initial_guess_strategy="one")
     )
 
-    def search(start: jax.Array, sign: jax.Array) -> jax.Array:
-        def loss(log_magnitude: jax.Array) -> jax.Array:
-            # The logarithm of the loss has the same minima and a useful slope near them.
-            value = variance_loss(equation, sign * jnp.exp(log_magnitude), excluded)
-            return jnp.log(value + 1e-30)
+    def loss(log_magnitude: jax.Array) -> jax.Array:
+        # The logarithm of the loss has the same minima and a useful slope near them.
+        value = variance_loss(equation, sign * jnp.exp(log_magnitude), excluded)
+        return jnp.log(value + 1e-30)
 
-        value_and_gradient = optax.value_and_grad_from_state(loss)
+    value_and_gradient = optax.value_and_grad_from_state(loss)
 
-        def step(_: int, carry: tuple) -> tuple:
-            position, state, best, lowest = carry
-            value, gradient = value_and_gradient(position, state=state)
-            better = value < lowest
-            best, lowest = jnp.where(better, position, best), jnp.where(better, value, lowest)
-            updates, state = optimiser.update(gradient, state, position, value=value, grad=gradient, value_fn=loss)
-            moved = optax.apply_updates(position, updates)
-            return jnp.where(jnp.isfinite(moved), moved, position), state, best, lowest
+    def step(_: int, carry: tuple) -> tuple:
+        position, state, best, lowest = carry
+        value, gradient = value_and_gradient(position, state=state)
+        better = value < lowest
+        best, lowest = jnp.where(better, position, best), jnp.where(better, value, lowest)
+        updates, state = optimiser.update(gradient, state, position, value=value, grad=gradient, value_fn=loss)
+        moved = optax.apply_updates(position, updates)
+        return jnp.where(jnp.isfinite(moved), moved, position), state, best, lowest
 
-        carry = (start, optimiser.init(start), start, jnp.full((), jnp.inf))
-        _, _, best, _ = jax.lax.fori_loop(0, STEPS, step, carry)
-        return sign * jnp.exp(best)
+    carry = (start, optimiser.init(start), start, jnp.full((), jnp.inf))
+    _, _, best, _ = jax.lax.fori_loop(0, STEPS, step, carry)
+    return sign * jnp.exp(best)
 
-    starts = jnp.concatenate([magnitudes, magnitudes])
-    signs = jnp.concatenate([jnp.ones(STARTS), -jnp.ones(STARTS)])
-    scalars = jax.vmap(search)(starts, signs)
 
-    def is_label(scalar: jax.Array) -> jax.Array:
-        label = jax.nn.softmax(scalar * equation.direction + equation.offset) - equation.left / scalar
-        return jnp.all((label > -1e-3) & (label < 1 + 1e-3))
+def _label(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
+    return jax.nn.softmax(scalar * equation.direction + equation.offset) - equation.left / scalar
 
-    def residual(scalar: jax.Array) -> jax.Array:
-        label = jax.nn.softmax(scalar * equation.direction + equation.offset) - equation.left / scalar
+
+def _is_label(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
+    label = _label(equation, scalar)
+    return jnp.all((label > -1e-3) & (label < 1 + 1e-3))
+
+
+def _settle(equation: ScalarEquation, scalar: jax.Array, excluded: int) -> jax.Array:
+    """Gauss-Newton: the loss is a sum of squares, and L-BFGS on its logarithm stops short of the minimum."""
+
+    def residual(at: jax.Array) -> jax.Array:
+        label = _label(equation, at)
         kept = sort(label)[: label.size - excluded]
         return kept - jnp.mean(kept)
 
-    def settle(_: int, scalar: jax.Array) -> jax.Array:
-        """Gauss-Newton: the loss is a sum of squares, and L-BFGS on its logarithm stops short of the minimum."""
-        value, slope = jax.jvp(residual, (scalar,), (jnp.ones(()),))
-        moved = scalar - jnp.sum(value * slope) / jnp.sum(slope**2)
-        better = jnp.sum(residual(moved) ** 2) < jnp.sum(value**2)
-        return jnp.where(better, moved, scalar)
-
-    scalars = jax.lax.fori_loop(0, 6, lambda index, at: jax.vmap(lambda one: settle(index, one))(at), scalars)
-    losses = jax.vmap(lambda scalar: variance_loss(equation, scalar, excluded))(scalars)
-    # Beyond the starting points the loss only falls to zero with the prediction's last doubt.
-    inside = jnp.abs(scalars) <= 2 * jnp.exp(magnitudes[-1])
-    best = argmin(jnp.where(jax.vmap(is_label)(scalars) & inside, losses, jnp.inf))
-    return scalars[best], losses[best]
+    value, slope = jax.jvp(residual, (scalar,), (jnp.ones(()),))
+    moved = scalar - jnp.sum(value * slope) / jnp.sum(slope**2)
+    better = jnp.sum(residual(moved) ** 2) < jnp.sum(value**2)
+    return jnp.where(better, moved, scalar)

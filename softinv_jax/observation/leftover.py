@@ -22,8 +22,9 @@ BY_ACCIDENT = 16.0  # Nats: one in ten million.
 FEW_DIGITS = 2.0**-13
 # Gaussian matrices exceed their edge by t with probability exp(-t^2 / 2): one in a hundred thousand.
 BEYOND_EDGE = 4.8
-# Root mean square error of the entries that are zero, over that of all others: noise does not care which is which.
-TELLTALE_ZEROS = 4.0
+# Root mean square error of the entries that are zero, over that of all others. Noise does not care which is which, and
+# rounding to a grid errs by half a step at most at its zeros, by 1 / sqrt(12) of one elsewhere: 1.7.
+TELLTALE_ZEROS = 2.0
 # Squared mean of the sizes over their mean square: 1 where all are equal, 0.64 for Gaussian entries.
 ONE_SIZE = 0.98
 COUNTED = 32

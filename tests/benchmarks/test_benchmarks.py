@@ -18,6 +18,7 @@ from softinv_jax.client import LeNet, apply_function, initialise, load_photograp
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = (
     "batches",
+    "field",
     "class_counts",
     "hard_labels",
     "images",
@@ -27,6 +28,7 @@ SCRIPTS = (
     "noise",
     "peers",
     "soft_labels",
+    "soundness",
     "train",
     "unknown_format",
 )

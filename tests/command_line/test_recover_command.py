@@ -95,7 +95,8 @@ def test_json_is_all_there_is_on_stdout(tmp_path, capsys, observation) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     summary = json.loads(text, parse_constant=refuse)
-    assert summary["verdicts"] == {"no_signal": 1, "unidentifiable": 0, "ambiguous": 0, "unique": N - 1}
+    counts = dict.fromkeys(("refuted", "no_signal", "unidentifiable", "ambiguous", "conditional"), 0)
+    assert summary["verdicts"] == counts | {"no_signal": 1, "unique": N - 1}
     assert sum(summary["kinds"].values()) == N
     assert (summary["method"], summary["scale"], summary["dtype"]) == ("exact", "known", "float64")
     assert (summary["examples"], summary["classes"], summary["features"]) == (N, C, D)
@@ -324,7 +325,7 @@ def test_batches(tmp_path, capsys) -> None:
     ("options", "expected"),
     [
         (("--batch-size", "0"), "neither a positive integer nor auto"),
-        (("--batch-size", "10"), "number of classes"),
+        (("--batch-size", "10", "--unknown-scale"), "number of classes"),
         (("--batch-size", "2", "--method", "idlg"), "--method exact"),
         (("--batch-size", "2", "--chunk", "3"), "leave out --batch-size or --chunk"),
     ],
