@@ -66,7 +66,7 @@ def mean_label(
     # What each row, were it another one of its kind, would have made of the mean feature.
     of_feature = jnp.sum((prediction_with(moved * shares[:, None]) - prediction[None, :]) ** 2, axis=0)
     # As many rows as really count are few independent estimates, whose scatter is itself uncertain: Student's t.
-    freedom = 1 / jnp.maximum(jnp.sum(leverage**2), 1e-300) - 1
+    freedom = 1 / jnp.maximum(jnp.sum(leverage**2), 1e-300)
     excess = jnp.interp(freedom, jnp.asarray(FREEDOMS), jnp.asarray(EXCESS))
     mean, error = _mean_prediction(logits, moved, bias_gradient, examples)
     label = mean - bias_gradient

@@ -41,7 +41,7 @@ def test_the_mean_label_is_within_six_deviations(size: int, spread: float, gain:
 def test_deviations_are_useful_where_features_are_alike() -> None:
     for size in (3, 10, 60):
         arrays, _ = draw(0, size, 0.01, 0.1)
-        assert np.max(COMPILED(*map(jnp.asarray, arrays), 1.0 * size).deviation) < 0.01 / size
+        assert np.max(COMPILED(*map(jnp.asarray, arrays), 1.0 * size).deviation) < 0.03 / size
 
 
 def test_few_examples_are_solved_for_beyond_the_second_order() -> None:
