@@ -174,6 +174,7 @@ def _over_lengths(weight: jax.Array, gradient: jax.Array, examples: float) -> tu
     reach = DEVIATIONS * deviations
     # The true length may lie between two that are tried: off by as much as a label moves from one to the next.
     steps = np.abs(np.diff(labels, axis=0))
+    steps[LENGTHS - 1] = 0  # From the least positive length to the negative one is no step.
     slack = reach + np.maximum(np.pad(steps, ((1, 0), (0, 0))), np.pad(steps, ((0, 1), (0, 0))))
     possible = np.all((labels >= -slack) & (labels <= 1 + slack), axis=1)
     if not np.any(possible):
