@@ -404,3 +404,51 @@ def test_what_cannot_be_read_in_parts_is_named(tmp_path, capsys, observation) ->
     code, _, errors = run(capsys, "recover", tmp_path / "seen.npz", "--out", tmp_path / "out.npz", "--chunk", 0)
     assert code == 2
     assert "'0' is not a positive integer" in errors
+
+
+def with_bias(truth, rows: slice, factor: float = 1.0) -> dict[str, np.ndarray]:
+    """The mean of some gradients of a head with a bias of zeros, as float32, times a factor."""
+    powers = np.exp(truth["features"][rows] @ truth["weight"].T)
+    errors = powers / powers.sum(axis=1, keepdims=True) - truth["labels"][rows]
+    gradient = factor * errors.T @ truth["features"][rows] / len(errors)
+    arrays = {"weight": truth["weight"], "weight_gradient": gradient, "bias": np.zeros(C)}
+    arrays |= {"bias_gradient": factor * errors.mean(axis=0)}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def test_what_was_told_and_is_not_so_is_said_with_its_remedy(tmp_path, capsys, truth) -> None:
+    out = tmp_path / "out.npz"
+    code, text, _ = run(capsys, "recover", save(tmp_path / "seen.npz", with_bias(truth, slice(0, 3))), "--out", out)
+    assert code == 0
+    assert "1 refuted" in text
+    assert "--batch-size auto" in text
+    with np.load(out) as found:
+        assert found["verdict"].tolist() == [["refuted"]]
+        assert found["refuted"].tolist() == [["one_example"]]
+        assert found["examples"].tolist() == [3]
+        mean = truth["labels"][:3].mean(axis=0)
+        assert np.all(np.abs(found["mean_labels"][0] - mean) <= 6 * found["mean_label_deviation"][0])
+    code, text, _ = run(
+        capsys, "recover", save(tmp_path / "seen.npz", with_bias(truth, slice(0, 1), 0.1)), "--out", out, "--json"
+    )
+    sample = json.loads(text)["samples"][0]
+    assert (sample["verdict"], sample["loss"], sample["refuted"]) == ("unique", "weighted_cross_entropy", ["scale"])
+    np.testing.assert_allclose(sample["scale"], 0.1, rtol=1e-4)
+
+
+def test_a_loss_that_is_told(tmp_path, capsys, truth) -> None:
+    out, seen = tmp_path / "out.npz", save(tmp_path / "seen.npz", with_bias(truth, slice(0, 1)))
+    code, text, _ = run(capsys, "recover", seen, "--out", out, "--loss", "cross_entropy", "--json")
+    assert (code, json.loads(text)["verdicts"]["unique"]) == (0, 1)
+    check_refused(capsys, out, ("recover", seen, "--out", out, "--loss", "hinge"), "invalid choice")
+
+
+def test_more_examples_than_classes_give_counts(tmp_path, capsys, truth) -> None:
+    out, seen = tmp_path / "out.npz", save(tmp_path / "seen.npz", with_bias(truth, slice(0, 6)))
+    code, text, _ = run(capsys, "recover", seen, "--out", out, "--batch-size", "12", "--json")
+    assert code == 0
+    batch = json.loads(text)["batches"][0]
+    mean = truth["labels"][:6].mean(axis=0)
+    assert all(low <= share <= high for share, (low, high) in zip(mean, batch["interval"], strict=True))
+    with np.load(out) as found:
+        assert found["count"].shape == (1, C)
