@@ -185,9 +185,9 @@ def _describe(
     gradient = factor * equation.left
     independent, levels = independent_classes(point.prediction, margin, agreeing & (jnp.abs(gradient) > margin))
     nats = jnp.where(independent, surprise_of(margin, gradient), 0.0)
-    # Where the scale is confirmed, classes that the softmax cannot tell apart agree of their own accord.
-    counted = jnp.where(confirmed, agreeing & (jnp.abs(gradient) > margin), independent)
-    closed = jnp.where(counted, _evidence_of(point, solution.level, gradient), 0.0)
+    # Where the scale is confirmed, every class agrees of its own accord, also where the softmax hardly moves it.
+    counted, moved = jnp.where(confirmed, agreeing, independent), jnp.where(confirmed, jnp.inf, jnp.abs(gradient))
+    closed = jnp.where(counted, _evidence_of(point, solution.level, moved), 0.0)
     surprise = _surprise(either(_nothing_fitted(unknowns), closed, nats), agreeing, unknowns)
     surprise = surprise - _unlikely_shares(label, solution.level, agreeing)
     of_level = _level_surprise(equation, point, agreeing, solution)
