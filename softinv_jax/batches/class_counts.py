@@ -61,13 +61,13 @@ def count_classes(
     >>> import numpy as np
     >>> import softinv_jax
     >>> rng = np.random.default_rng(0)
-    >>> weight, features = rng.uniform(-0.1, 0.1, (4, 16)), 1 + 0.01 * rng.normal(size=(8, 16))
-    >>> classes = np.array([0, 0, 0, 1, 1, 3, 3, 3])
+    >>> weight, features = rng.uniform(-0.1, 0.1, (12, 16)), 1 + 0.001 * rng.normal(size=(18, 16))
+    >>> classes = np.array([0, 0, 0, 1, 1, 3, 3, 3, 4, 5, 5, 5, 6, 7, 8, 8, 9, 10])
     >>> powers = np.exp(features @ weight.T)
-    >>> error = (powers / powers.sum(axis=1, keepdims=True) - np.eye(4)[classes]) / 8
-    >>> observation = softinv_jax.observe(weight, error.T @ features, np.zeros(4), error.sum(axis=0))
-    >>> count_classes(observation, 8).count.tolist()
-    [3, 2, 0, 3]
+    >>> error = (powers / powers.sum(axis=1, keepdims=True) - np.eye(12)[classes]) / 18
+    >>> observation = softinv_jax.observe(weight, error.T @ features, np.zeros(12), error.sum(axis=0))
+    >>> count_classes(observation, 18).count.tolist()
+    [3, 2, 0, 3, 1, 3, 1, 1, 2, 1, 1, 0]
 
     Args:
       observation: one gradient, `weight_gradient` (C, d).
