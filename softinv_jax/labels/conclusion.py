@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from softinv_jax.labels.assumptions import Assumption, Loss
+from softinv_jax.labels.closed_form import closed_form
 from softinv_jax.labels.consensus import Consensus
-from softinv_jax.labels.explanations import SHARP_LABEL, Explanations, is_unbalanced, rows_cancel
+from softinv_jax.labels.explanations import SHARP_LABEL, is_unbalanced
 from softinv_jax.labels.label_format import read_format, structured_label
 from softinv_jax.labels.losses import Outcome
 from softinv_jax.labels.reading import Reading
 from softinv_jax.labels.scalar_equation import (
     TOLERANCE,
-    ScalarEquation,
-    Unknowns,
-    label_deviation,
     probabilities,
-    with_client_error,
 )
 from softinv_jax.labels.verdicts import (
     Assumptions,
@@ -31,7 +28,7 @@ from softinv_jax.labels.verdicts import (
     Verdict,
 )
 
-__all__ = ["Asked", "conclude", "unexplained_outcome"]
+__all__ = ["Asked", "conclude"]
 
 # Beyond what TF32 does to logits of size 10, or bfloat16 to those of size 1.
 LARGE_LOGIT_ERROR = 2.0**-8
@@ -128,7 +125,7 @@ def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:
         structured, ambiguous, unique = (jnp.asarray(flag) for flag in (True, True, False))
     contradicted = jnp.zeros((), bool)
     if asked.has_bias and asked.told_scale and not asked.is_published:
-        plain, closed, contradicted = _closed_form(reading, outcome, sigmoids)
+        plain, closed, contradicted = closed_form(reading, outcome, sigmoids)
         # What moves over several steps can leave [0, 1] a little.
         contradicted = contradicted & (not asked.approximate)
         told = (~outcome.scale & ~outcome.scalar) | sigmoids
@@ -175,52 +172,6 @@ def _is_one_of(loss: jax.Array, losses: tuple[Loss, ...]) -> jax.Array:
     return jnp.any(jnp.stack([loss == one for one in losses]))
 
 
-def _closed_form(reading: Reading, outcome: Outcome, sigmoids: jax.Array) -> tuple[Consensus, jax.Array, jax.Array]:
-    """y = p - kappa u as it is, and how exactly: lambda is known, and the label has no structure to lean on.
-
-    Returns:
-      The label; () bool, whether it means anything; and () bool, whether it cannot be a label: entries outside [0, 1],
-      or a sum that is not 1.
-    """
-    equation = with_client_error(reading.equation, outcome.logit_error)
-    scalar = equation.known_scalar
-    logits = scalar * equation.direction + equation.offset
-    prediction = jnp.where(sigmoids, jax.nn.sigmoid(logits), jax.nn.softmax(logits))
-    factor = jnp.where(sigmoids, 1.0 * equation.left.size, 1.0) / scalar
-    label = prediction - factor * equation.left
-    own = label_deviation(equation, scalar, factor, prediction, label)
-    # An error of v reaches the label through p, which `direction_deviation` holds, and through kappa.
-    deviation = jnp.sqrt(own**2 + reading.factor_variance * (factor * scalar * equation.left) ** 2)
-    plain = _unstructured(scalar, factor, label, deviation)
-    reach = TOLERANCE * deviation
-    contradicted = jnp.any((label < -reach) | (label > 1 + reach)) & ~outcome.listed[0]
-    contradicted = contradicted | (~rows_cancel(equation, plain, own) & ~sigmoids)
-    # Beyond that, lambda could be anything.
-    vague = TOLERANCE * jnp.abs(scalar) * jnp.sqrt(reading.factor_variance) > 1
-    return plain, ~vague & jnp.all(jnp.isfinite(label)), contradicted
-
-
-def _unstructured(scalar: jax.Array, factor: jax.Array, label: jax.Array, deviation: jax.Array) -> Consensus:
-    zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    return Consensus(
-        scalar=scalar,
-        factor=factor,
-        level=zero,
-        scalar_deviation=zero,
-        factor_deviation=zero,
-        level_deviation=zero,
-        agreeing=jnp.zeros(label.shape, bool),
-        label=label,
-        label_deviation=deviation,
-        deviation_without_one=deviation,
-        surprise=zero,
-        informative=none,
-        levels=none,
-        fits=jnp.ones((), bool),
-        misfit=jnp.full((), jnp.nan),
-    )
-
-
 def _refuted(reading: Reading, outcome: Outcome, asked: Asked, contradicted: jax.Array) -> tuple[jax.Array, jax.Array]:
     """() int32 `Assumption` flags of what the gradient contradicts; () bool, whether that leaves nothing to tell."""
     left = reading.equation.left
@@ -252,33 +203,6 @@ def _refuted(reading: Reading, outcome: Outcome, asked: Asked, contradicted: jax
     if asked.is_published:
         return jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     return jnp.where(reading.has_signal, codes, jnp.int32(0)), nothing_left & reading.has_signal
-
-
-def unexplained_outcome(equation: ScalarEquation, count: int, unknowns: Unknowns, loss: Loss) -> Outcome:
-    """Nothing was found, or there are too few classes for anything to be."""
-    classes = equation.left.size
-    unknown, row = jnp.full((count,), jnp.nan), jnp.full((count, classes), jnp.nan)
-    no, none = jnp.zeros((count,), bool), jnp.zeros((count,), jnp.int32)
-    found = Consensus(
-        scalar=unknown,
-        factor=unknown,
-        level=unknown,
-        scalar_deviation=unknown,
-        factor_deviation=unknown,
-        level_deviation=unknown,
-        agreeing=jnp.zeros((count, classes), bool),
-        label=row,
-        label_deviation=row,
-        deviation_without_one=row,
-        surprise=jnp.full((count,), -jnp.inf),
-        informative=none,
-        levels=none,
-        fits=no,
-        misfit=unknown,
-    )
-    explanations = Explanations(found, jnp.zeros((), bool), jnp.zeros((classes,)), jnp.asarray(jnp.inf))
-    free = jnp.asarray(unknowns.scalar), jnp.asarray(unknowns.scale)
-    return Outcome(explanations, no, *free, jnp.int32(loss), jnp.zeros((), bool), jnp.zeros(()))
 
 
 def _verdict(reading: Reading, finding: _Finding) -> jax.Array:

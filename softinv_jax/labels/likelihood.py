@@ -12,15 +12,14 @@ the error of v moves kappa too.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.float64 import argmax, argmin, argsort
+from softinv_jax.float64 import argmax, argsort
+from softinv_jax.labels.noise_model import Choice, Problem, State, Step, advance, label_of, solve
 from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, either, label_deviation
-from softinv_jax.linear_algebra import inverse_and_log_determinant
 
 __all__ = ["LikelihoodFit", "fit_likelihood", "trimmed_starts"]
 
@@ -29,7 +28,6 @@ GRID = 64
 ROUNDS = 8
 STEPS = 3
 RARITY = 10.0  # One label in as many singles out a further class, as far as the prior is concerned.
-STEP_SHARES = (1.0, 0.5, 0.25, 0.0625, 0.0)
 
 
 @jax.tree_util.register_dataclass
@@ -54,29 +52,6 @@ class LikelihoodFit:
     feature_pull: jax.Array
     cost: jax.Array
     misfit: jax.Array
-
-
-class _State(NamedTuple):
-    """Where the iteration stands: lambda (), kappa (), the weights (slots,), and q (C,), which stands for zeta."""
-
-    scalar: jax.Array
-    factor: jax.Array
-    weights: jax.Array
-    dual: jax.Array
-
-
-class _Step(NamedTuple):
-    """One generalised least-squares solution around a state."""
-
-    change: jax.Array  # (2 + slots,) of lambda, kappa and the weights
-    parameter_covariance: jax.Array
-    parameter_log_determinant: jax.Array  # of the inverse of that covariance
-    slope: jax.Array  # (C, C) dp / dlogits
-    chi_squared: jax.Array  # before the change
-    log_determinant: jax.Array  # of the residual's covariance
-    whitened_residual: jax.Array  # (C,) Sigma^-1 r after the change
-    whitened_design: jax.Array  # (C, 2 + slots)
-    precision: jax.Array  # (C, C) Sigma^-1
 
 
 def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -120,31 +95,6 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
     return scalars[order], factors[order], agreeing[order]
 
 
-class _Problem(NamedTuple):
-    """What the fit is of; see `fit_likelihood`. `own` has no errors of z: they are in the covariance."""
-
-    own: ScalarEquation
-    direction_covariance: jax.Array
-    factor_variance: jax.Array
-    unknowns: Unknowns
-
-
-class _Choice(NamedTuple):
-    """Classes singled out, (slots,) int32; which slots are used; and () precision of a sum of weights of 1."""
-
-    slots: jax.Array
-    active: jax.Array
-    sum_precision: jax.Array
-
-    def columns(self, number_of_classes: int) -> jax.Array:
-        """(slots, C) e_t - 1/C of each slot."""
-        return jax.nn.one_hot(self.slots, number_of_classes, dtype=jnp.float64) - 1 / number_of_classes
-
-    def singled(self, number_of_classes: int) -> jax.Array:
-        """(C,) bool."""
-        return jnp.any(jax.nn.one_hot(self.slots, number_of_classes) * self.active[:, None] > 0, axis=0)
-
-
 def fit_likelihood(
     equation: ScalarEquation,
     direction_covariance: jax.Array,
@@ -166,16 +116,16 @@ def fit_likelihood(
     """
     # Only rounding and the noise on u: the noise on v is in direction_covariance.
     own = replace(equation, direction_deviation=jnp.zeros_like(equation.direction_deviation))
-    problem = _Problem(own, direction_covariance, factor_variance, unknowns)
+    problem = Problem(own, direction_covariance, factor_variance, unknowns)
     order = argsort(agreeing.astype(jnp.float64))[: min(TARGET_SLOTS, max(agreeing.size - 4, 1))]
-    choice = _Choice(order, ~agreeing[order], jnp.zeros(()))
+    choice = Choice(order, ~agreeing[order], jnp.zeros(()))
     raw = jax.nn.softmax(scalar * equation.direction + equation.offset) - factor * equation.left
     level = (1 - jnp.sum(jnp.where(agreeing, 0.0, raw))) / jnp.maximum(jnp.sum(agreeing), 1)
-    state = _State(scalar, factor, jnp.where(choice.active, raw[order] - level, 0.0), jnp.zeros_like(raw))
+    state = State(scalar, factor, jnp.where(choice.active, raw[order] - level, 0.0), jnp.zeros_like(raw))
 
-    def round_of_steps(index: jax.Array, carry: tuple[_State, _Choice]) -> tuple[_State, _Choice]:
+    def round_of_steps(index: jax.Array, carry: tuple[State, Choice]) -> tuple[State, Choice]:
         state, choice = carry
-        state = jax.lax.fori_loop(0, STEPS, lambda _, state: _advance(problem, state, choice), state)
+        state = jax.lax.fori_loop(0, STEPS, lambda _, state: advance(problem, state, choice), state)
         # The last round only settles what the others chose. (One loop compiles in less time than a loop and its tail.)
         chosen = _reconsider(problem, state, choice)
         choice = jax.tree.map(lambda new, old: jnp.where(index < ROUNDS, new, old), chosen, choice)
@@ -185,130 +135,11 @@ def fit_likelihood(
     return _describe(problem, state, choice)
 
 
-def _evaluate(
-    problem: _Problem, scalar: jax.Array, factor: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(C,) softmax, label and the label's deviations, with the logits moved by `shift`."""
-    equation = problem.own
-    prediction = jax.nn.softmax(scalar * equation.direction + equation.offset + shift)
-    raw = prediction - factor * equation.left
-    return prediction, raw, label_deviation(equation, scalar, factor, prediction, raw)
-
-
-def _model(
-    problem: _Problem, scalar: jax.Array, factor: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(C,) label, (C, C) dp / dlogits, and (C, C) covariance of the label's entries."""
-    prediction, raw, deviation = _evaluate(problem, scalar, factor, shift)
-    softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
-    spread = softmax_slope @ problem.direction_covariance @ softmax_slope * scalar**2
-    # Taken as independent of the error of z, of the same origin: at worst a factor of sqrt(2) is lost.
-    left = problem.own.left
-    spread = spread + problem.factor_variance * left[:, None] * left[None, :]
-    return raw, softmax_slope, jnp.diag(deviation**2) + spread
-
-
-def _columns(
-    problem: _Problem, state: _State, slope: jax.Array, logit_gradient: jax.Array, choice: _Choice
-) -> jax.Array:
-    """(C, 2 + slots) derivatives of the label equation; unused columns are zero.
-
-    With g = p - y for kappa u: the errors of u grow with kappa, and so the likelihood is not least squares in
-    it with u as regressor, which its noise would bias.
-    """
-    unknowns = problem.unknowns
-    zero = jnp.zeros_like(logit_gradient)
-    by_scalar = slope @ problem.own.direction
-    by_scalar = either(unknowns.scale, by_scalar, by_scalar + logit_gradient / state.scalar)
-    by_scalar = either(unknowns.scalar, by_scalar, zero)
-    by_factor = either(unknowns.scale, -logit_gradient / state.factor, zero)
-    chosen = choice.columns(zero.size).T
-    return jnp.concatenate([by_scalar[:, None], by_factor[:, None], -chosen * choice.active[None, :]], axis=1)
-
-
-def _label_of(weights: jax.Array, choice: _Choice, number_of_classes: int) -> jax.Array:
-    """(C,) y(w)."""
-    return 1 / number_of_classes + jnp.where(choice.active, weights, 0.0) @ choice.columns(number_of_classes)
-
-
-def _shift_of(problem: _Problem, scalar: jax.Array, dual: jax.Array) -> jax.Array:
-    """zeta, which generalised least squares gives as -lambda^2 tau^2 W P W^T q."""
-    return -(scalar**2) * problem.direction_covariance @ dual
-
-
-def _objective(problem: _Problem, state: _State, choice: _Choice) -> jax.Array:
-    """Chi^2 of the errors of u and of v that the state stands for, and of the priors."""
-    scalar, factor, weights, dual = state
-    shift = _shift_of(problem, scalar, dual)
-    _, raw, deviation = _evaluate(problem, scalar, factor, shift)
-    used = jnp.where(choice.active, weights, 0.0)
-    residual = (raw - _label_of(weights, choice, raw.size)) / deviation
-    tie = jnp.where(choice.sum_precision > 0, choice.sum_precision * (jnp.sum(used) - 1) ** 2, 0.0)
-    # The error of kappa that explains most of the residual, at its price.
-    by_factor, variance = problem.own.left / deviation, problem.factor_variance
-    explained = variance * jnp.sum(by_factor * residual) ** 2 / (1 + variance * jnp.sum(by_factor**2))
-    return jnp.sum(residual**2) - explained - jnp.sum(dual * shift) + jnp.sum(used**2) + tie
-
-
-def _solve(problem: _Problem, state: _State, choice: _Choice) -> _Step:
-    """Generalised least squares around a state."""
-    scalar, factor, weights, dual = state
-    active, sum_precision = choice.active, choice.sum_precision
-    shift = _shift_of(problem, scalar, dual)
-    raw, slope, covariance = _model(problem, scalar, factor, shift)
-    mismatch = raw - _label_of(weights, choice, raw.size)
-    residual = mismatch - slope @ shift
-    design = _columns(problem, state, slope, mismatch + factor * problem.own.left, choice)
-    precision, log_determinant = inverse_and_log_determinant(covariance)
-    weighted, weighted_residual = precision @ design, precision @ residual
-    # A weight lies in (-1, 1): the prior N(0, 1) is nothing beside data that says anything about it.
-    prior = jnp.concatenate([jnp.zeros((2,)), active.astype(jnp.float64)])
-    normal = design.T @ weighted + jnp.diag(prior) + sum_precision * prior[:, None] * prior[None, :]
-    used = jnp.diag(normal) > 0
-    inverse, parameter_log_determinant = inverse_and_log_determinant(normal + jnp.diag(jnp.where(used, 0.0, 1.0)))
-    used_weights = jnp.where(active, weights, 0.0)
-    excess = sum_precision * (jnp.sum(used_weights) - 1)
-    pull = jnp.concatenate([jnp.zeros((2,)), used_weights]) + prior * excess
-    change = -inverse @ (design.T @ weighted_residual + pull)
-    return _Step(
-        change=change,
-        parameter_covariance=inverse,
-        parameter_log_determinant=parameter_log_determinant,
-        slope=slope,
-        chi_squared=jnp.sum(residual * weighted_residual) + jnp.sum(used_weights**2),
-        log_determinant=log_determinant,
-        whitened_residual=weighted_residual + weighted @ change,
-        whitened_design=weighted,
-        precision=precision,
-    )
-
-
-def _advance(problem: _Problem, state: _State, choice: _Choice) -> _State:
-    """The largest part of a Gauss-Newton step that lowers the objective most; none if nothing lowers it."""
-    step = _solve(problem, state, choice)
-    new_dual = step.slope @ step.whitened_residual
-    # Neither through zero nor beyond a doubling at once: lambda keeps its sign.
-    limit = jnp.where(step.change[0] * jnp.sign(state.scalar) < 0, 0.5, 1.0) * jnp.abs(state.scalar)
-    longest = jnp.minimum(1.0, limit / jnp.maximum(jnp.abs(step.change[0]), jnp.finfo(jnp.float64).tiny))
-
-    def part(share: jax.Array) -> _State:
-        share = share * longest
-        scalar = either(problem.unknowns.scalar, state.scalar + share * step.change[0], state.scalar)
-        factor = either(problem.unknowns.scale, state.factor + share * step.change[1], 1 / scalar)
-        weights = state.weights + share * step.change[2:]
-        return _State(scalar, factor, weights, state.dual + share * (new_dual - state.dual))
-
-    parts = jax.vmap(part)(jnp.asarray(STEP_SHARES))
-    values = jax.vmap(lambda state: _objective(problem, state, choice))(parts)
-    best = argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
-    return jax.tree.map(lambda leaf: leaf[best], parts)
-
-
-def _reconsider(problem: _Problem, state: _State, choice: _Choice) -> _Choice:
+def _reconsider(problem: Problem, state: State, choice: Choice) -> Choice:
     """Decide whether there is any smoothing; then single one more class out, or let the weakest go."""
     slots, active, _ = choice
     choice = choice._replace(sum_precision=_tie(problem, state, choice))
-    tied = _solve(problem, state, choice)
+    tied = solve(problem, state, choice)
     gain = _gains(problem, state, choice, tied)
     best = argmax(gain)
     empty = argmax((~active).astype(jnp.float64))
@@ -322,12 +153,12 @@ def _reconsider(problem: _Problem, state: _State, choice: _Choice) -> _Choice:
     slots = jnp.where(adds & (position == empty), best, slots)
     active = jnp.where(adds & (position == empty), True, active)
     active = jnp.where(drops & (position == weakest), False, active)
-    return _Choice(slots, active, choice.sum_precision)
+    return Choice(slots, active, choice.sum_precision)
 
 
-def _tie(problem: _Problem, state: _State, choice: _Choice) -> jax.Array:
+def _tie(problem: Problem, state: State, choice: Choice) -> jax.Array:
     """() precision that ties the sum of the weights to 1, where the label is likely not to be smoothed; else 0."""
-    free = _solve(problem, state, choice._replace(sum_precision=jnp.zeros(())))
+    free = solve(problem, state, choice._replace(sum_precision=jnp.zeros(())))
     counted = choice.active.astype(jnp.float64)
     share = counted @ (state.weights + free.change[2:])
     share_variance = counted @ free.parameter_covariance[2:, 2:] @ counted
@@ -339,7 +170,7 @@ def _tie(problem: _Problem, state: _State, choice: _Choice) -> jax.Array:
     return jnp.where(without & jnp.any(choice.active), tie, 0.0)
 
 
-def _gains(problem: _Problem, state: _State, choice: _Choice, tied: _Step) -> jax.Array:
+def _gains(problem: Problem, state: State, choice: Choice, tied: Step) -> jax.Array:
     """(C,) what chi^2 would fall by if one more class was singled out, less the price of that."""
     number_of_classes = problem.own.left.size
     explained = tied.whitened_design @ tied.parameter_covariance @ tied.whitened_design.T
@@ -366,16 +197,16 @@ def _singling_price(deviation: jax.Array, number_of_classes: int) -> jax.Array:
     return -2 * jnp.log(share) + 2 * np.log(RARITY * number_of_classes)
 
 
-def _describe(problem: _Problem, state: _State, choice: _Choice) -> LikelihoodFit:
+def _describe(problem: Problem, state: State, choice: Choice) -> LikelihoodFit:
     scalar, factor, weights, _ = state
     active = choice.active
     number_of_classes = problem.own.left.size
-    final = _solve(problem, state, choice)
+    final = solve(problem, state, choice)
     inverse = final.parameter_covariance
     chosen = jnp.where(active[:, None], choice.columns(number_of_classes), 0.0)
     deviation = jnp.sqrt(jnp.sum(chosen * (inverse[2:, 2:] @ chosen), axis=0))
     total_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :])) / number_of_classes**2
-    label = _label_of(weights, choice, number_of_classes)
+    label = label_of(weights, choice, number_of_classes)
     cost = _cost(problem, state, choice, final, label, deviation)
     scalar_free, scale_free = (jnp.asarray(flag, jnp.float64) for flag in problem.unknowns)
     freedom = number_of_classes - scalar_free - scale_free - jnp.sum(active)
@@ -394,7 +225,7 @@ def _describe(problem: _Problem, state: _State, choice: _Choice) -> LikelihoodFi
 
 
 def _cost(
-    problem: _Problem, state: _State, choice: _Choice, final: _Step, label: jax.Array, deviation: jax.Array
+    problem: Problem, state: State, choice: Choice, final: Step, label: jax.Array, deviation: jax.Array
 ) -> jax.Array:
     """() twice minus the logarithm of the evidence, by Laplace's method.
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from softinv_jax.float64 import in_float64
 from softinv_jax.labels.assumptions import Loss
-from softinv_jax.labels.conclusion import Asked, conclude, unexplained_outcome
+from softinv_jax.labels.closed_form import unexplained_outcome
+from softinv_jax.labels.conclusion import Asked, conclude
 from softinv_jax.labels.exact import LISTED, explain_by_consensus
 from softinv_jax.labels.independent import explain_independent_outputs
 from softinv_jax.labels.interval import feasible_interval
