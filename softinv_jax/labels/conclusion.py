@@ -120,7 +120,9 @@ def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:
     best: Consensus = jax.tree.map(lambda leaf: leaf[0], found)
     structured = outcome.listed[0]
     sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
-    ambiguous, unique, conditional = jnp.any(outcome.listed), outcome.unique, jnp.zeros((), bool)
+    # Errors of coarse quantisation follow the entries: no deviation holds for sure.
+    coarse = reading.leftover.on_grid & ~reading.is_rounding
+    ambiguous, unique, conditional = jnp.any(outcome.listed), outcome.unique & ~coarse, jnp.zeros((), bool)
     if asked.is_published:
         structured, ambiguous, unique = (jnp.asarray(flag) for flag in (True, True, False))
     contradicted = jnp.zeros((), bool)

@@ -131,7 +131,7 @@ def _common_sign(right: jax.Array, variance: jax.Array) -> jax.Array:
 
 def _nothing_left() -> Leftover:
     no = jnp.zeros((), bool)
-    return Leftover(stands_out=no, rows_alike=no, deleted=no, few_digits=no, bias_excess=jnp.ones(()))
+    return Leftover(stands_out=no, rows_alike=no, deleted=no, few_digits=no, on_grid=no, bias_excess=jnp.ones(()))
 
 
 def feature_along(

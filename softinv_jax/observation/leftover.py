@@ -18,6 +18,8 @@ __all__ = ["Leftover", "count_examples", "describe_leftover", "is_one_size"]
 
 POWER_STEPS = 16
 BEYOND_SPREAD = 6.0
+NEARLY_WHOLE = 1e-2
+MOST_LEVELS = 2.0**13  # Beyond, all that float32 keeps looks whole.
 SUM_LEFT = 0.5  # Of the noise's sum: with less, as of sigmoids, it says too little.
 BY_ACCIDENT = 16.0  # Nats: one in ten million.
 FEW_DIGITS = 2.0**-13
@@ -43,6 +45,7 @@ class Leftover:
         stand out.
       deleted: bool, entries are zero that the outer product has elsewhere than at zero.
       few_digits: bool, it is the rounding of half precision, in proportion to each entry.
+      on_grid: bool, every entry is a multiple of the smallest: quantised to few levels, with errors that are no noise.
       bias_excess: float64, root mean square of the bias's column of it, over that of all columns, at least 1.
     """
 
@@ -50,6 +53,7 @@ class Leftover:
     rows_alike: jax.Array
     deleted: jax.Array
     few_digits: jax.Array
+    on_grid: jax.Array
     bias_excess: jax.Array
 
 
@@ -91,8 +95,18 @@ def describe_leftover(
         rows_alike=alike,
         deleted=_deleted(gradient, expected, error, noise) & beyond_digits,
         few_digits=few_digits,
+        on_grid=_is_on_grid(gradient),
         bias_excess=jnp.maximum(bias_excess, 1.0),
     )
+
+
+def _is_on_grid(gradient: jax.Array) -> jax.Array:
+    """() bool: all entries are whole multiples of the smallest, and not very large ones."""
+    size = jnp.abs(gradient)
+    step = jnp.min(jnp.where(size > 0, size, jnp.inf))
+    multiple = size / jnp.where(jnp.isfinite(step), step, 1.0)
+    whole = jnp.all(jnp.abs(multiple - jnp.round(multiple)) < NEARLY_WHOLE)
+    return whole & (jnp.max(multiple) < MOST_LEVELS) & (jnp.sum(size > 0) >= 32)
 
 
 def _is_rounding_to_digits(
