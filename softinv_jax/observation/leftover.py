@@ -18,7 +18,8 @@ __all__ = ["Leftover", "count_examples", "describe_leftover", "is_one_size"]
 
 POWER_STEPS = 16
 BEYOND_SPREAD = 6.0
-NEARLY_WHOLE = 1e-2
+NEARLY_WHOLE = 1e-3
+LEVELS_SEEN = 12
 MOST_LEVELS = 2.0**13  # Beyond, all that float32 keeps looks whole.
 SUM_LEFT = 0.5  # Of the noise's sum: with less, as of sigmoids, it says too little.
 BY_ACCIDENT = 16.0  # Nats: one in ten million.
@@ -95,16 +96,26 @@ def describe_leftover(
         rows_alike=alike,
         deleted=_deleted(gradient, expected, error, noise) & beyond_digits,
         few_digits=few_digits,
-        on_grid=_is_on_grid(gradient),
+        on_grid=_is_on_grid(gradient) & beyond_digits,
         bias_excess=jnp.maximum(bias_excess, 1.0),
     )
 
 
 def _is_on_grid(gradient: jax.Array) -> jax.Array:
-    """() bool: all entries are whole multiples of the smallest, and not very large ones."""
+    """() bool: all entries are whole multiples of one step, and not very large ones.
+
+    The step is the smallest entry or, where no entry is that small, the least by which the next larger ones differ.
+    """
     size = jnp.abs(gradient)
-    step = jnp.min(jnp.where(size > 0, size, jnp.inf))
-    multiple = size / jnp.where(jnp.isfinite(step), step, 1.0)
+    smallest = jnp.min(jnp.where(size > 0, size, jnp.inf))
+
+    def climb(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        level, step = state
+        following = jnp.min(jnp.where(size > (1 + NEARLY_WHOLE) * level, size, jnp.inf))
+        return following, jnp.minimum(step, following - level)
+
+    _, step = jax.lax.fori_loop(0, LEVELS_SEEN, climb, (smallest, smallest))
+    multiple = size / jnp.where((step > 0) & jnp.isfinite(step), step, 1e-300)
     whole = jnp.all(jnp.abs(multiple - jnp.round(multiple)) < NEARLY_WHOLE)
     return whole & (jnp.max(multiple) < MOST_LEVELS) & (jnp.sum(size > 0) >= 32)
 

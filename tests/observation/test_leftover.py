@@ -19,7 +19,10 @@ def leftover_of(gradient: np.ndarray, rounding: float = 2.0**-24) -> dict[str, b
     with jax.enable_x64(True):
         arrays = (jnp.asarray(a) for a in (gradient, left[:, 0] * values[0], right[0]))
         found = describe(*arrays, jnp.asarray(rounding))
-        return {name: bool(getattr(found, name)) for name in ("stands_out", "rows_alike", "deleted", "few_digits")}
+        return {
+            name: bool(getattr(found, name))
+            for name in ("stands_out", "rows_alike", "deleted", "few_digits", "on_grid")
+        }
 
 
 def examples(rng: np.random.Generator, shape: tuple[int, int], number: int) -> np.ndarray:
@@ -55,7 +58,13 @@ def test_rounding_to_half_precision_is_no_example(digits: int) -> None:
         mantissa, exponent = np.frexp(examples(rng, (10, 84), 1))
         scale = 2.0 ** (digits + 1)
         found = leftover_of(np.ldexp(np.round(mantissa * scale) / scale, exponent), 2.0 ** -(digits + 1))
-        assert found == {"stands_out": False, "rows_alike": False, "deleted": False, "few_digits": True}
+        assert found == {
+            "stands_out": False,
+            "rows_alike": False,
+            "deleted": False,
+            "few_digits": True,
+            "on_grid": False,
+        }
 
 
 def test_deleted_entries_are_seen() -> None:
@@ -85,3 +94,15 @@ def test_signs_have_one_size() -> None:
         assert is_one_size(jnp.asarray(gradient / (np.abs(gradient) + 1e-8)))
         assert not is_one_size(jnp.asarray(gradient))
         assert not is_one_size(jnp.asarray(rng.normal(size=(10, 84))))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_quantised_entries_lie_on_a_grid(missing: int) -> None:
+    """Also where no entry is as small as one step."""
+    for seed in range(20):
+        gradient = examples(np.random.default_rng(seed), (10, 84), 1)
+        step = np.abs(gradient).max() / 127
+        levels = np.round(gradient / step)
+        levels[np.abs(levels) <= missing] = 0
+        assert leftover_of((levels * step).astype(np.float32).astype(float))["on_grid"], seed
+        assert not leftover_of(gradient)["on_grid"], seed
