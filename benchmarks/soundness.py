@@ -13,7 +13,6 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def main() -> None:
             try:
                 run.add(**judge(cell, draw(cell, many, seed=0)))
             except ValueError as error:  # Refused: counted, not dropped.
-                run.add(**_refused(replace(cell), many, error))
+                run.add(**_refused(cell, many, error))
     except KeyboardInterrupt:
         run.notes["interrupted"] = True
     total = sum(row["gradients"] for row in run.rows)

@@ -15,11 +15,10 @@ from softinv_jax.batches.scale_search import search_any_scale
 from softinv_jax.batches.search import search_batch
 from softinv_jax.batches.subspace import BatchSubspace, batch_subspace
 from softinv_jax.labels.assumptions import Assumption, Loss
+from softinv_jax.labels.explanations import UNBALANCED
+from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["BatchAsked", "BatchOutcome", "BatchSpaces", "search_all"]
-
-UNBALANCED = 1e-3  # Share of the gradient that sums over the classes may be, by rounding.
-DEVIATIONS = 6.0
 
 Progress = Callable[[int, int], None]
 
@@ -183,7 +182,7 @@ def _fewer(shown: BatchSpaces, told: int, asked: BatchAsked, progress: Progress)
 def _unbalanced(gradient: np.ndarray, noise: np.ndarray) -> int:
     """Flags where the rows do not add up to zero, as those of every softmax loss do."""
     sums = np.linalg.norm(gradient.sum(axis=0))
-    expected = DEVIATIONS * np.sqrt(gradient.shape[1] * np.sum(noise**2))
+    expected = TOLERANCE * np.sqrt(gradient.shape[1] * np.sum(noise**2))
     if sums <= expected + UNBALANCED * np.linalg.norm(gradient):
         return 0
     empty = np.any(np.all(gradient == 0, axis=1))

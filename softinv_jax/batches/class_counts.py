@@ -16,12 +16,12 @@ from scipy.special import erf, softmax
 
 from softinv_jax.float64 import in_float64
 from softinv_jax.labels.mean_label import mean_label
+from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.observation.head import Observation, observe
 
 __all__ = ["ClassCounts", "count_classes", "whole_counts"]
 
 SURE = 0.99  # Of a count that is told.
-DEVIATIONS = 6.0
 LENGTHS = 400  # Of the mean feature, tried without a bias.
 EACH = 17  # How many of them share a deviation: 799 = 47 * 17, the last place.
 SHORTEST, LONGEST = 1e-2, 1e2  # In ranges of the logits.
@@ -96,7 +96,7 @@ def count_classes(
     else:
         found = _mean_label(weight, gradient, observation.bias, observation.bias_gradient / divisor, examples)
         label, deviation = np.asarray(found.label), np.asarray(found.deviation)
-        interval = np.stack([label - DEVIATIONS * deviation, label + DEVIATIONS * deviation], axis=1)
+        interval = np.stack([label - TOLERANCE * deviation, label + TOLERANCE * deviation], axis=1)
     outside = (interval[:, 1] < 0) | (interval[:, 0] > 1)
     if np.any(outside) or not np.all(np.isfinite(label)) or not np.any(np.asarray(gradient)):
         label, deviation = np.full_like(label, np.nan), np.full_like(deviation, np.inf)
@@ -124,7 +124,7 @@ def _counted(
         below, above = batch_size * interval[:, 0] > likeliest - 1, batch_size * interval[:, 1] < likeliest + 1
         within = (batch_size * interval[:, 0] <= likeliest) & (batch_size * interval[:, 1] >= likeliest)
         certainty = np.where(below & above & within, 1.0, np.minimum(certainty, 0.5))
-    is_whole = bool(np.all(np.abs(offset) <= DEVIATIONS * spread + 1e-6))
+    is_whole = bool(np.all(np.abs(offset) <= TOLERANCE * spread + 1e-6))
     sure = is_whole & (certainty >= SURE)
     return ClassCounts(
         label,
@@ -171,7 +171,7 @@ def _over_lengths(weight: jax.Array, gradient: jax.Array, examples: float) -> tu
     deviations = np.exp([np.interp(places, places[::EACH], row) for row in np.log(np.maximum(some, 1e-300)).T]).T
     logits = every[:, None] * (np.asarray(weight) @ direction)
     labels = softmax(logits, axis=1) - size / every[:, None]
-    reach = DEVIATIONS * deviations
+    reach = TOLERANCE * deviations
     # The true length may lie between two that are tried: off by as much as a label moves from one to the next.
     steps = np.abs(np.diff(labels, axis=0))
     steps[LENGTHS - 1] = 0  # From the least positive length to the negative one is no step.
@@ -183,7 +183,7 @@ def _over_lengths(weight: jax.Array, gradient: jax.Array, examples: float) -> tu
     possible[:-1] |= possible[1:].copy()
     possible[1:] |= possible[:-1].copy()
     low, high = np.min((labels - reach)[possible], axis=0), np.max((labels + reach)[possible], axis=0)
-    return (low + high) / 2, (high - low) / (2 * DEVIATIONS), np.stack([low, high], axis=1)
+    return (low + high) / 2, (high - low) / (2 * TOLERANCE), np.stack([low, high], axis=1)
 
 
 @jax.jit

@@ -32,6 +32,8 @@ __all__ = ["Asked", "conclude"]
 
 # Beyond what TF32 does to logits of size 10, or bfloat16 to those of size 1.
 LARGE_LOGIT_ERROR = 2.0**-8
+WEIGHTED = (Loss.WEIGHTED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY)
+TEMPERED = (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY)
 SIGMOIDS = (Loss.BINARY_CROSS_ENTROPY, Loss.WEIGHTED_BINARY_CROSS_ENTROPY)
 
 
@@ -188,8 +190,8 @@ def _refuted(reading: Reading, outcome: Outcome, asked: Asked, contradicted: jax
         several = jnp.zeros_like(several)
     sigmoids = _is_one_of(outcome.loss, SIGMOIDS)
     found_other = outcome.unique & ~sigmoids
-    weighted = _is_one_of(outcome.loss, (Loss.WEIGHTED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
-    tempered = _is_one_of(outcome.loss, (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
+    weighted = _is_one_of(outcome.loss, WEIGHTED)
+    tempered = _is_one_of(outcome.loss, TEMPERED)
     flags = {
         Assumption.SOFTMAX: (unbalanced & unexplained & ~empty) | (sigmoids & outcome.unique),
         Assumption.LABEL_RANGE: contradicted & unexplained & ~unbalanced & ~empty,
@@ -287,7 +289,7 @@ def _assumptions(reading: Reading, finding: _Finding, outcome: Outcome, verdict:
     told = verdict >= Verdict.AMBIGUOUS
     in_closed_form = jnp.int32(Assumption.LOSS | Assumption.SCALE | Assumption.PARAMETERS)
     rests_on = jnp.where(finding.structured, jnp.int32(Assumption.LOSS), in_closed_form)
-    tempered = _is_one_of(outcome.loss, (Loss.TEMPERED_CROSS_ENTROPY, Loss.WEIGHTED_TEMPERED_CROSS_ENTROPY))
+    tempered = _is_one_of(outcome.loss, TEMPERED)
     temperature = jnp.where(tempered, reading.equation.known_scalar / finding.best.scalar, 1.0)
     several = (finding.refuted & jnp.int32(Assumption.ONE_EXAMPLE)) != 0
     return Assumptions(

@@ -13,6 +13,7 @@ from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknow
 __all__ = [
     "LISTED_SURPRISE",
     "SHARP_LABEL",
+    "UNBALANCED",
     "UNIQUE_SURPRISE",
     "Certainty",
     "Explanations",

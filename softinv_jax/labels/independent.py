@@ -37,6 +37,7 @@ class _Fit(NamedTuple):
     deviation: jax.Array
     used: jax.Array
     misfit: jax.Array
+    step: jax.Array
 
 
 def explain_independent_outputs(reading: Reading, *, told_scale: bool, has_bias: bool, listed: int) -> Outcome:
@@ -107,7 +108,7 @@ def _fit(equation: ScalarEquation, scalar: jax.Array, *, free: bool) -> _Fit:
     level = jnp.sum(weights * distance) / total
     residual = jnp.where(used, (distance - level) / relative, 0.0)
     freedom = jnp.maximum(jnp.sum(used) - 1 - int(free), 1)
-    slope = jnp.where(used, turned * (equation.direction) * (1 - expected), 0.0)
+    slope = jnp.where(used, turned * equation.direction * (1 - expected), 0.0)
     centred = slope - jnp.sum(weights * slope) / total
     information = jnp.sum(weights * centred**2)
     return _Fit(
@@ -119,6 +120,7 @@ def _fit(equation: ScalarEquation, scalar: jax.Array, *, free: bool) -> _Fit:
         deviation=deviation,
         used=used,
         misfit=jnp.sum(residual**2) / freedom,
+        step=jnp.where(information > 0, -jnp.sum(weights * centred * (distance - level)) / information, 0.0),
     )
 
 
@@ -130,7 +132,7 @@ def _fit_scalar(equation: ScalarEquation, feature_sign: jax.Array) -> tuple[_Fit
 
     def refine(start: jax.Array) -> _Fit:
         def step(_: int, scalar: jax.Array) -> jax.Array:
-            return _step(equation, scalar)
+            return _moved(_fit(equation, scalar, free=True))
 
         return _fit(equation, jax.lax.fori_loop(0, STEPS, step, sign * start), free=True)
 
@@ -139,26 +141,13 @@ def _fit_scalar(equation: ScalarEquation, feature_sign: jax.Array) -> tuple[_Fit
     best = argmin(cost)
     chosen = jax.tree.map(lambda leaf: leaf[best], fits)
     apart = jnp.abs(fits.scalar - chosen.scalar) > TOLERANCE * (fits.scalar_deviation + chosen.scalar_deviation)
-    rivals = (cost <= (TOLERANCE / 2) ** 2) & (apart | (jnp.sum(fits.used, axis=1) < jnp.sum(chosen.used)))
-    rivals = rivals & apart
-    return chosen, ~jnp.any(rivals)
+    return chosen, ~jnp.any((cost <= (TOLERANCE / 2) ** 2) & apart)
 
 
-def _step(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:
-    """One Gauss-Newton step of the logarithm of the sizes in lambda, at most a halving or a doubling."""
-    fit = _fit(equation, scalar, free=True)
-    turned = jnp.where(fit.label > 0, -1.0, 1.0)
-    expected = jax.nn.sigmoid(turned * (scalar * equation.direction + equation.offset))
-    size = jnp.where(fit.used, jnp.abs(equation.left), 1.0)
-    weights = jnp.where(fit.used, (expected / fit.deviation) ** 2, 0.0)
-    total = jnp.maximum(jnp.sum(weights), 1e-300)
-    distance = jnp.where(fit.used, jnp.log(expected / size), 0.0)
-    slope = jnp.where(fit.used, turned * equation.direction * (1 - expected), 0.0)
-    distance = distance - jnp.sum(weights * distance) / total
-    slope = slope - jnp.sum(weights * slope) / total
-    information = jnp.sum(weights * slope**2)
-    change = jnp.where(information > 0, -jnp.sum(weights * slope * distance) / information, 0.0)
-    return scalar + jnp.clip(change, -jnp.abs(scalar) / 2, jnp.abs(scalar))
+def _moved(fit: _Fit) -> jax.Array:
+    """() lambda after a Gauss-Newton step, at most a halving or a doubling."""
+    reach = jnp.abs(fit.scalar)
+    return fit.scalar + jnp.clip(fit.step, -reach / 2, reach)
 
 
 def _described(equation: ScalarEquation, fit: _Fit, *, free: bool) -> Consensus:
