@@ -147,13 +147,13 @@ def stage_microseconds(weight: np.ndarray, gradients: np.ndarray) -> dict[str, f
 
     def scores(gradient: jax.Array) -> jax.Array:
         seen = equation(gradient)
-        return score_hypotheses(seen, solve_hypotheses(seen, plan, unknowns), unknowns)
+        return score_hypotheses(seen, solve_hypotheses(seen, plan.triples, unknowns), unknowns)
 
     stages: dict[str, Callable[[jax.Array], Any]] = {
         "sum": jnp.sum,
         "factors": dominant_factors,
         "equation": equation,
-        "triples solved": lambda gradient: solve_hypotheses(equation(gradient), plan, unknowns),
+        "triples solved": lambda gradient: solve_hypotheses(equation(gradient), plan.triples, unknowns),
         "hypotheses scored": scores,
         "consensus polished": lambda gradient: explain_by_consensus(equation(gradient), unknowns),
         "verdict": lambda gradient: recover(softinv_jax.Observation(direction_of, gradient), thorough=False),

@@ -8,9 +8,11 @@ few lines; these also run where no LAPACK is.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["inverse_and_log_determinant", "orthonormal_columns"]
+__all__ = ["inverse_and_log_determinant", "orthonormal_columns", "root_of_semidefinite"]
 
-DIRECT_SIZE = 32
+DIRECT_SIZE = 36
+# Of the largest diagonal entry: what rounding leaves of a pivot that is zero.
+VANISHING_PIVOT = 1e-13
 
 
 def inverse_and_log_determinant(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,20 +47,47 @@ def _split(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gauss_jordan(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In place, each step one outer product; no pivot of a matrix with unit diagonal is larger than 1."""
     size = matrix.shape[0]
     index = jnp.arange(size, dtype=jnp.int32)
 
     def eliminate(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         work, log_determinant = state
+        row = jax.lax.dynamic_index_in_dim(work, step, 0, keepdims=False)
+        column = jax.lax.dynamic_index_in_dim(work, step, 1, keepdims=False)
+        pivot = jax.lax.dynamic_index_in_dim(row, step, 0, keepdims=False)
         chosen = index == step
-        column = jnp.sum(jnp.where(chosen[None, :], work, 0.0), axis=1)
-        row = jnp.sum(jnp.where(chosen[:, None], work, 0.0), axis=0)
-        pivot = jnp.sum(jnp.where(chosen, row, 0.0))
-        row, column = jnp.where(chosen, 1.0, row), jnp.where(chosen, -1.0, column)
-        kept = jnp.where(chosen[:, None] | chosen[None, :], 0.0, work)
-        return kept - column[:, None] * row[None, :] / pivot, log_determinant + jnp.log(pivot)
+        # Such that row and column become row / pivot and -column / pivot, and the pivot its inverse.
+        column = jnp.where(chosen, pivot - 1, column)
+        row = jnp.where(chosen, 1 + 1 / pivot, row / pivot)
+        return work - column[:, None] * row[None, :], log_determinant + jnp.log(pivot)
 
-    return jax.lax.fori_loop(0, size, eliminate, (matrix, jnp.zeros((), matrix.dtype)))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(size), eliminate, (matrix, jnp.zeros((), matrix.dtype)))
+
+
+def root_of_semidefinite(matrix: jax.Array) -> jax.Array:
+    """L with L L^T equal to a symmetric positive semi-definite matrix: Cholesky's, zeros where it has no rank.
+
+    Args:
+      matrix: (n, n), floating.
+
+    Returns:
+      (n, n) lower triangular.
+    """
+    size = matrix.shape[0]
+    index = jnp.arange(size, dtype=jnp.int32)
+    least = VANISHING_PIVOT * jnp.max(jnp.abs(jnp.diag(matrix)))
+
+    def eliminate(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rest, root = state
+        chosen = index == step
+        column = jnp.sum(jnp.where(chosen[None, :], rest, 0.0), axis=1)
+        pivot = jnp.sum(jnp.where(chosen, column, 0.0))
+        scale = jnp.where(pivot > least, jax.lax.rsqrt(jnp.where(pivot > least, pivot, 1.0)), 0.0)
+        column = jnp.where(index >= step, column * scale, 0.0)
+        return rest - column[:, None] * column[None, :], jnp.where(chosen[None, :], column[:, None], root)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(size), eliminate, (matrix, jnp.zeros_like(matrix)))[1]
 
 
 def orthonormal_columns(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,7 +114,7 @@ def orthonormal_columns(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         columns = jax.lax.dynamic_update_index_in_dim(columns, own / norm, number, 1)
         return columns, jax.lax.dynamic_update_index_in_dim(mixing, mixed / norm, number, 1)
 
-    return jax.lax.fori_loop(0, size, step, (matrix / norms[None, :], jnp.diag(1 / norms)))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(size), step, (matrix / norms[None, :], jnp.diag(1 / norms)))
 
 
 def _or_one(norm: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchLoss, BatchRecovery, Reduction, recover_batch
@@ -67,7 +68,8 @@ def recover(
       ValueError: for arrays `observe` refuses, and what the two functions refuse.
     """
     if _is_one(batch_size):
-        return recovery.recover(observation, **options)
+        one = recovery.recover if _is_traced() else many.recover_one
+        return one(observation, **options)
     options = _batch_options(options)
     if _is_too_large(observation, batch_size):
         return _count(observation, batch_size, options)
@@ -209,6 +211,11 @@ def _count(observation: Observation, batch_size: BatchSize, options: dict[str, A
     if options.get("progress"):
         options["progress"](int(batch_size), int(batch_size))
     return counts
+
+
+def _is_traced() -> bool:
+    """Whether this runs inside `jit` or `vmap`, where everything is one pure program."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _is_one(batch_size: BatchSize) -> bool:

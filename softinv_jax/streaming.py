@@ -210,8 +210,8 @@ def _arrays(value: Any, prefix: str = "") -> dict[str, np.ndarray]:
     """The leaves of nested dataclasses by their dotted names."""
     found: dict[str, np.ndarray] = {}
     for field in fields(value):
-        member = getattr(value, field.name)
-        name = f"{prefix}{field.name}"
+        own = field.metadata.get("name", field.name)
+        member, name = getattr(value, own), f"{prefix}{own}"
         found |= _arrays(member, f"{name}.") if is_dataclass(member) else {name: np.asarray(member)}
     return found
 
@@ -220,7 +220,7 @@ def _build(kind: Any, arrays: dict[str, np.ndarray], prefix: str = "") -> Any:
     """The dataclass whose `_arrays` these are."""
     members = {}
     for field in fields(kind):
-        name = f"{prefix}{field.name}"
+        name = f"{prefix}{field.metadata.get('name', field.name)}"
         members[field.name] = _build(field.type, arrays, f"{name}.") if is_dataclass(field.type) else arrays[name]
     return kind(**members)
 

@@ -124,9 +124,8 @@ def recover_compiled(
     """`recover` by its own stages, quickly compiled; the search is the same program for heads of any size."""
     observation = sample.observation
     stages = recovery.stages_for(observation, method, unknown_scale, label_format, thorough)
-    reading, right = STAGES["read"](observation, stages)
-    found, pull = STAGES["search"](reading, stages)
-    return jax.device_get(recovery.complete(observation, right, reading.right_norm, found, pull))
+    found = STAGES["search"](STAGES["read"](observation, stages), stages)
+    return jax.device_get(recovery.complete(observation, found, stages))
 
 
 def check_honesty(found: softinv_jax.Recovery, label: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.closed_form import closed_form
 from softinv_jax.labels.consensus import Consensus
 from softinv_jax.labels.explanations import SHARP_LABEL, is_unbalanced
+from softinv_jax.labels.features import FeatureSource
 from softinv_jax.labels.label_format import read_format, structured_label
 from softinv_jax.labels.losses import Outcome
 from softinv_jax.labels.reading import Reading
@@ -72,14 +73,14 @@ class _Finding(NamedTuple):
     dismissed: jax.Array
 
 
-def conclude(reading: Reading, outcome: Outcome, asked: Asked) -> tuple[Recovery, jax.Array | None]:
-    """The verdict, and what the label says of the feature's error.
+def conclude(reading: Reading, outcome: Outcome, asked: Asked) -> Recovery:
+    """The verdict, with its evidence.
 
     Args:
       reading: of one gradient. outcome: the explanations of it. asked: static.
 
     Returns:
-      A `Recovery` without its feature and mean label, and the pull on the feature: (C,), or None.
+      A `Recovery` without its mean label; of its feature what it is made from.
     """
     finding = _weigh(reading, outcome, asked)
     verdict = _verdict(reading, finding)
@@ -91,9 +92,9 @@ def conclude(reading: Reading, outcome: Outcome, asked: Asked) -> tuple[Recovery
 
     best, found = finding.best, outcome.explanations.found
     kept = outcome.listed & reading.has_signal & ~finding.dismissed
-    recovery = Recovery(
+    return Recovery(
         label=known(label),
-        feature=jnp.zeros((0,)),
+        stored_feature=_feature(reading, finding, outcome, known(best.scalar)),
         scalar=known(best.scalar),
         scale=known(_scale(best, outcome, asked)),
         format=_format(reading, finding, label, recovered, outcome),
@@ -109,11 +110,16 @@ def conclude(reading: Reading, outcome: Outcome, asked: Asked) -> tuple[Recovery
         assumptions=_assumptions(reading, finding, outcome, verdict),
         mean=MeanLabel(jnp.full_like(label, jnp.nan), jnp.full_like(label, jnp.nan)),
     )
+
+
+def _feature(reading: Reading, finding: _Finding, outcome: Outcome, scalar: jax.Array) -> FeatureSource:
+    """lambda v, less what the label's structure says of its error, which is orthogonal to v."""
     pull = outcome.explanations.feature_pull
-    if pull is not None:
-        # What a structure that does not fit would say of the feature is nothing.
-        pull = jnp.where(finding.structured, best.scalar**2 * reading.feature_variance * pull, 0.0)
-    return recovery, pull
+    if pull is None:
+        return FeatureSource(reading.coefficients, scalar, None)
+    # What a structure that does not fit would say of the feature is nothing.
+    pull = jnp.where(finding.structured, finding.best.scalar**2 * reading.feature_variance * pull, 0.0)
+    return FeatureSource(reading.coefficients, scalar + jnp.sum(pull * reading.equation.direction), pull)
 
 
 def _weigh(reading: Reading, outcome: Outcome, asked: Asked) -> _Finding:

@@ -1,21 +1,26 @@
 """Format-free recovery: explanations of one gradient, found by consensus and, under noise, by likelihood."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from softinv_jax.float64 import argmax, argsort
 from softinv_jax.labels.consensus import Consensus, hypothesis_drift, score_hypotheses
 from softinv_jax.labels.explanations import Explanations, distinct
-from softinv_jax.labels.hypotheses import plan_triples, solve_hypotheses
+from softinv_jax.labels.hypotheses import Hypotheses, plan_triples, solve_hypotheses
 from softinv_jax.labels.noisy import explain_by_likelihood
 from softinv_jax.labels.polishing import polish_consensus
 from softinv_jax.labels.reading import Reading
-from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns, either
+from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns, either, probabilities
 
 __all__ = ["FAST_TRIPLES", "explain_by_consensus", "explain_thoroughly"]
 
 FAST_TRIPLES = 24
 THOROUGH_TRIPLES = 256
+# Hypotheses times classes, and hypotheses, that are looked at together.
+NUMBERS_AT_ONCE, AT_ONCE = 2**21, 16
 POLISHED = 6
 SUPPORTED = 4
 LISTED = 3
@@ -31,22 +36,31 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns) -> Explan
     return Explanations(distinct(polished, 2), exhaustive, None, jnp.asarray(jnp.inf))
 
 
-def explain_thoroughly(reading: Reading, unknowns: Unknowns) -> Explanations:
+def explain_thoroughly(reading: Reading, unknowns: Unknowns, *, noisy: bool | None = None) -> Explanations:
     """The thorough search: ten times the triples and up to three explanations; maximum likelihood under noise.
 
     Args:
       reading: of one gradient, thorough. unknowns: static or traced.
+      noisy: static; what `reading.is_rounding` denies, where that is known before, so that the program holds only the
+        one branch that is needed. None: both.
     """
     equation = reading.equation
     polished, exhaustive = _polish_best(equation, unknowns, thorough=True)
-    no_pull = jnp.zeros(equation.direction.shape)
     free = jnp.asarray(unknowns.scalar) | jnp.asarray(unknowns.scale)
     factor_variance = jnp.where(free, 0.0, reading.factor_variance)
-    return jax.lax.cond(
-        reading.is_rounding,
-        lambda: Explanations(distinct(polished, LISTED), exhaustive, no_pull, jnp.asarray(jnp.inf)),
-        lambda: explain_by_likelihood(equation, reading.direction_covariance, factor_variance, polished, unknowns),
-    )
+
+    def by_consensus() -> Explanations:
+        no_pull = jnp.zeros(equation.direction.shape)
+        return Explanations(distinct(polished, LISTED), exhaustive, no_pull, jnp.asarray(jnp.inf))
+
+    def by_likelihood() -> Explanations:
+        # The best, and the best of those that contradict it.
+        two = jax.tree.map(lambda leaf: leaf[::POLISHED][:2], polished)
+        return explain_by_likelihood(equation, reading.direction_noise, factor_variance, two, unknowns)
+
+    if noisy is None:
+        return jax.lax.cond(reading.is_rounding, by_consensus, by_likelihood)
+    return by_likelihood() if noisy else by_consensus()
 
 
 def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool) -> tuple[Consensus, jax.Array]:
@@ -57,20 +71,13 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
       whether no other explanation can exist.
     """
     plan = plan_triples(equation.direction.size, THOROUGH_TRIPLES if thorough else FAST_TRIPLES)
-    hypotheses = solve_hypotheses(equation, plan, unknowns)
-    score = score_hypotheses(equation, hypotheses, unknowns)
-    drift = hypothesis_drift(equation, hypotheses, unknowns)
-    drift = drift + hypotheses.level_deviation[:, None]
+    hypotheses, score = _assess(equation, plan.triples, unknowns)
 
     def polish(index: jax.Array) -> Consensus:
-        return polish_consensus(
-            equation,
-            hypotheses.scalar[index],
-            hypotheses.factor[index],
-            hypotheses.level[index],
-            drift[index],
-            unknowns,
-        )
+        chosen = jax.tree.map(lambda leaf: leaf[index][None], hypotheses)
+        chosen = replace(chosen, prediction=probabilities(equation, chosen.scalar))
+        drift = hypothesis_drift(equation, chosen, unknowns)[0] + chosen.level_deviation
+        return polish_consensus(equation, chosen.scalar[0], chosen.factor[0], chosen.level[0], drift, unknowns)
 
     first = argmax(score)
     # Without lambda as an unknown kappa is one; else it follows from lambda.
@@ -93,6 +100,26 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
     seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if thorough else 1)
     exhaustive = jnp.asarray(plan.exhaustive) & seen
     return polished, exhaustive
+
+
+def _assess(equation: ScalarEquation, triples: np.ndarray, unknowns: Unknowns) -> tuple[Hypotheses, jax.Array]:
+    """The hypotheses, without what they say of single classes, and (H,) their scores.
+
+    Of many classes only a few hypotheses at once: all of them would be many times the gradient.
+    """
+
+    def assess(some: np.ndarray | jax.Array) -> tuple[Hypotheses, jax.Array]:
+        hypotheses = solve_hypotheses(equation, some, unknowns)
+        score = score_hypotheses(equation, hypotheses, unknowns)
+        nothing = jnp.zeros((len(some), 0))
+        return replace(hypotheses, prediction=nothing, label=nothing, deviation=nothing), score
+
+    number = len(triples)
+    if number * equation.direction.size <= NUMBERS_AT_ONCE:
+        return assess(triples)
+    padded = np.concatenate([triples, np.repeat(triples[-1:], -number % AT_ONCE, axis=0)])
+    found = jax.lax.map(assess, jnp.asarray(padded.reshape(-1, AT_ONCE, 3)))
+    return jax.tree.map(lambda leaf: leaf.reshape(len(padded), *leaf.shape[2:])[:number], found)
 
 
 def _apart(values: jax.Array, deviations: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -103,15 +103,15 @@ def _falling(direction: jax.Array, members: jax.Array) -> jax.Array:
     return take_rows(members, argsort(-direction[members]))
 
 
-def solve_hypotheses(equation: ScalarEquation, plan: TriplePlan, unknowns: Unknowns) -> Hypotheses:
-    """Solve every triple of the plan for lambda and kappa, with first-order standard deviations.
+def solve_hypotheses(equation: ScalarEquation, triples: np.ndarray | jax.Array, unknowns: Unknowns) -> Hypotheses:
+    """Solve every triple for lambda and kappa, with first-order standard deviations.
 
     Args:
       equation: the scalar equation.
-      plan: static triples.
+      triples: (H, 3) of a plan.
       unknowns: at least one of the two is true, or all triples say the same.
     """
-    classes = _falling(equation.direction, _ranked_classes(equation.direction)[plan.triples])
+    classes = _falling(equation.direction, _ranked_classes(equation.direction)[triples])
     root = _solve_triples(equation, classes)
     known = jnp.broadcast_to(equation.known_scalar, root.scalar.shape)
     scalar = either(unknowns.scalar, root.scalar, known)

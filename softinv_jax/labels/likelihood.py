@@ -12,21 +12,35 @@ the error of v moves kappa too.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.float64 import argmax, argsort
-from softinv_jax.labels.noise_model import Choice, Problem, State, Step, advance, label_of, solve
-from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, either, label_deviation
+from softinv_jax.float64 import argmax, argmin, argsort
+from softinv_jax.labels.noise_model import Choice, Problem, State, Step, advance, label_of, softmax_slope, solve
+from softinv_jax.labels.scalar_equation import (
+    TOLERANCE,
+    DirectionNoise,
+    ScalarEquation,
+    Unknowns,
+    either,
+    label_deviation,
+)
 
 __all__ = ["LikelihoodFit", "fit_likelihood", "trimmed_starts"]
 
 TARGET_SLOTS = 8
 GRID = 64
+# Points of the grid times classes, and points, that are looked at together.
+NUMBERS_AT_ONCE, AT_ONCE = 2**21, 16
 ROUNDS = 8
+FEWEST_ROUNDS = 2
 STEPS = 3
+FAR_BEHIND = 30.0  # Twice the nats; what singling out another class or two can still gain is counted in the misfit.
+STILL = 0.01  # Standard deviations of a step that no longer matters.
 RARITY = 10.0  # One label in as many singles out a further class, as far as the prior is concerned.
 
 
@@ -88,7 +102,11 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
         start = (jnp.zeros(()), 1 / scalar, jnp.ones(prediction.shape, bool))
         return jax.lax.fori_loop(0, 3, trim, start)
 
-    losses, factors, agreeing = jax.vmap(loss)(scalars)
+    # Of many classes a few at once: all would be many times the gradient.
+    at_once = None if scalars.size * equation.left.size <= NUMBERS_AT_ONCE else AT_ONCE
+    losses, factors, agreeing = (
+        jax.vmap(loss)(scalars) if at_once is None else jax.lax.map(loss, scalars, batch_size=at_once)
+    )
     padded = jnp.concatenate([jnp.full((1,), jnp.inf), losses, jnp.full((1,), jnp.inf)])
     lowest = (losses <= padded[:-2]) & (losses <= padded[2:])
     order = argsort(jnp.where(lowest, losses, jnp.inf))[:count]
@@ -97,49 +115,109 @@ def trimmed_starts(equation: ScalarEquation, unknowns: Unknowns, count: int) -> 
 
 def fit_likelihood(
     equation: ScalarEquation,
-    direction_covariance: jax.Array,
+    noise: DirectionNoise,
     factor_variance: jax.Array,
-    scalar: jax.Array,
-    factor: jax.Array,
-    agreeing: jax.Array,
+    starts: tuple[jax.Array, jax.Array, jax.Array],
     unknowns: Unknowns,
 ) -> LikelihoodFit:
-    """Refine a consensus.
+    """The likeliest explanation that the starts lead to.
+
+    Rounds go on until none of the starts that may still win moves any more.
 
     Args:
       equation: the scalar equation, with `left_deviation` measured.
-      direction_covariance: (C, C) float64, covariance tau^2 W P W^T of the errors of z.
+      noise: of z, from the noise on v.
       factor_variance: () float64, variance of the error of kappa where that is no unknown but measured: the head has a
         bias and the scale is known. Zero elsewhere.
-      scalar, factor: () start. agreeing: (C,) bool, start.
+      starts: lambda (S,), kappa (S,) and the agreeing classes (S, C).
       unknowns: static or traced.
     """
-    # Only rounding and the noise on u: the noise on v is in direction_covariance.
+    # Only rounding and the noise on u: the noise on v is in `noise`.
     own = replace(equation, direction_deviation=jnp.zeros_like(equation.direction_deviation))
-    problem = Problem(own, direction_covariance, factor_variance, unknowns)
+    problem = Problem(own, noise, factor_variance, unknowns)
+    tracks = jax.vmap(partial(_begin, problem))(*starts)
+
+    def unsettled(carry: tuple[jax.Array, _Track]) -> jax.Array:
+        index, tracks = carry
+        return (index <= ROUNDS) & ((index < FEWEST_ROUNDS) | jnp.any(_may_win(tracks)))
+
+    def proceed(carry: tuple[jax.Array, _Track]) -> tuple[jax.Array, _Track]:
+        index, tracks = carry
+        return index + 1, _round(problem, tracks, index < ROUNDS)
+
+    _, tracks = jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), tracks))
+    best = argmin(tracks.cost)
+    track = jax.tree.map(lambda leaf: leaf[best], tracks)
+    return _describe(problem, track.state, track.choice)
+
+
+class _Track(NamedTuple):
+    """One start on its way; all but the first two ().
+
+    Attributes:
+      cost: of where it stood before the last choice. misfit: likewise. settled: bool, the last round changed nothing.
+    """
+
+    state: State
+    choice: Choice
+    cost: jax.Array
+    misfit: jax.Array
+    settled: jax.Array
+
+
+def _begin(problem: Problem, scalar: jax.Array, factor: jax.Array, agreeing: jax.Array) -> _Track:
+    equation = problem.own
     order = argsort(agreeing.astype(jnp.float64))[: min(TARGET_SLOTS, max(agreeing.size - 4, 1))]
     choice = Choice(order, ~agreeing[order], jnp.zeros(()))
     raw = jax.nn.softmax(scalar * equation.direction + equation.offset) - factor * equation.left
     level = (1 - jnp.sum(jnp.where(agreeing, 0.0, raw))) / jnp.maximum(jnp.sum(agreeing), 1)
     state = State(scalar, factor, jnp.where(choice.active, raw[order] - level, 0.0), jnp.zeros_like(raw))
-
-    def round_of_steps(index: jax.Array, carry: tuple[State, Choice]) -> tuple[State, Choice]:
-        state, choice = carry
-        state = jax.lax.fori_loop(0, STEPS, lambda _, state: advance(problem, state, choice), state)
-        # The last round only settles what the others chose. (One loop compiles in less time than a loop and its tail.)
-        chosen = _reconsider(problem, state, choice)
-        choice = jax.tree.map(lambda new, old: jnp.where(index < ROUNDS, new, old), chosen, choice)
-        return state._replace(weights=jnp.where(choice.active, state.weights, 0.0)), choice
-
-    state, choice = jax.lax.fori_loop(0, ROUNDS + 1, round_of_steps, (state, choice))
-    return _describe(problem, state, choice)
+    return _Track(state, choice, jnp.asarray(jnp.inf), jnp.asarray(jnp.inf), jnp.zeros((), bool))
 
 
-def _reconsider(problem: Problem, state: State, choice: Choice) -> Choice:
-    """Decide whether there is any smoothing; then single one more class out, or let the weakest go."""
+def _may_win(tracks: _Track) -> jax.Array:
+    """(S,) bool: not settled, and not far behind one that is, and fits."""
+    done = tracks.settled & (tracks.misfit <= (TOLERANCE / 2) ** 2)
+    bar = jnp.min(jnp.where(done, tracks.cost, jnp.inf))
+    return ~tracks.settled & ~(tracks.cost > bar + FAR_BEHIND)
+
+
+def _round(problem: Problem, tracks: _Track, may_choose: jax.Array) -> _Track:
+    """Gauss-Newton steps; then whether there is any smoothing; then which classes are singled out.
+
+    Each of these takes one solution of the least squares, which is written, and compiled, once.
+    """
+
+    def move(one: _Track, step: Step) -> _Track:
+        return one._replace(state=advance(problem, one.state, one.choice, step))
+
+    def tie(one: _Track, step: Step) -> _Track:
+        precision = _tie(step, one.state, one.choice)
+        return one._replace(choice=one.choice._replace(sum_precision=precision))
+
+    def choose(one: _Track, step: Step) -> _Track:
+        chosen = _reconsider(problem, one.state, one.choice, step)
+        # The last round only settles what the others chose.
+        chosen = jax.tree.map(partial(jnp.where, may_choose), chosen, one.choice)
+        same = jnp.all((chosen.active == one.choice.active) & (~chosen.active | (chosen.slots == one.choice.slots)))
+        left = step.change**2 <= STILL**2 * jnp.diag(step.parameter_covariance)
+        cost, misfit = _cost(problem, one.state, one.choice, step), _misfit(problem, one.choice, step)
+        state = one.state._replace(weights=jnp.where(chosen.active, one.state.weights, 0.0))
+        return _Track(state, chosen, cost, misfit, same & jnp.all(left))
+
+    def next_step(index: jax.Array, tracks: _Track) -> _Track:
+        kind = jnp.clip(index - (STEPS - 1), 0, 2)
+        # Smoothing is asked for with the sum of the weights left free.
+        free = tracks.choice._replace(sum_precision=jnp.where(kind == 1, 0.0, tracks.choice.sum_precision))
+        steps = jax.vmap(partial(solve, problem))(tracks.state, free)
+        return jax.lax.switch(kind, [jax.vmap(move), jax.vmap(tie), jax.vmap(choose)], tracks, steps)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(STEPS + 2), next_step, tracks)
+
+
+def _reconsider(problem: Problem, state: State, choice: Choice, tied: Step) -> Choice:
+    """Single one more class out, or let the weakest go."""
     slots, active, _ = choice
-    choice = choice._replace(sum_precision=_tie(problem, state, choice))
-    tied = solve(problem, state, choice)
     gain = _gains(problem, state, choice, tied)
     best = argmax(gain)
     empty = argmax((~active).astype(jnp.float64))
@@ -156,9 +234,8 @@ def _reconsider(problem: Problem, state: State, choice: Choice) -> Choice:
     return Choice(slots, active, choice.sum_precision)
 
 
-def _tie(problem: Problem, state: State, choice: Choice) -> jax.Array:
+def _tie(free: Step, state: State, choice: Choice) -> jax.Array:
     """() precision that ties the sum of the weights to 1, where the label is likely not to be smoothed; else 0."""
-    free = solve(problem, state, choice._replace(sum_precision=jnp.zeros(())))
     counted = choice.active.astype(jnp.float64)
     share = counted @ (state.weights + free.change[2:])
     share_variance = counted @ free.parameter_covariance[2:, 2:] @ counted
@@ -173,11 +250,15 @@ def _tie(problem: Problem, state: State, choice: Choice) -> jax.Array:
 def _gains(problem: Problem, state: State, choice: Choice, tied: Step) -> jax.Array:
     """(C,) what chi^2 would fall by if one more class was singled out, less the price of that."""
     number_of_classes = problem.own.left.size
-    explained = tied.whitened_design @ tied.parameter_covariance @ tied.whitened_design.T
-    precision = tied.precision - explained
-    centre = jnp.eye(number_of_classes) - 1 / number_of_classes
-    score = centre @ tied.whitened_residual
-    information = jnp.sum(centre * (precision @ centre), axis=0)
+    residual = tied.whitened_residual
+    score = residual - jnp.mean(residual)
+    # Q = Sigma^-1 less what the parameters explain; of e_t - 1/C its diagonal, its row sums and its sum are needed.
+    by_noise, by_parameters = tied.shared @ tied.inner, tied.whitened_design @ tied.parameter_covariance
+    diagonal = tied.own_precision - jnp.sum(by_noise * tied.shared, axis=1)
+    diagonal = diagonal - jnp.sum(by_parameters * tied.whitened_design, axis=1)
+    rows = tied.own_precision - by_noise @ jnp.sum(tied.shared, axis=0)
+    rows = rows - by_parameters @ jnp.sum(tied.whitened_design, axis=0)
+    information = diagonal - 2 * rows / number_of_classes + jnp.sum(rows) / number_of_classes**2
     taken = choice.singled(number_of_classes)
     safe = jnp.where(information > 0, information, 1.0)
     gain = jnp.where(taken | (information <= 0), 0.0, score**2 / safe)
@@ -203,36 +284,43 @@ def _describe(problem: Problem, state: State, choice: Choice) -> LikelihoodFit:
     number_of_classes = problem.own.left.size
     final = solve(problem, state, choice)
     inverse = final.parameter_covariance
-    chosen = jnp.where(active[:, None], choice.columns(number_of_classes), 0.0)
-    deviation = jnp.sqrt(jnp.sum(chosen * (inverse[2:, 2:] @ chosen), axis=0))
     total_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :])) / number_of_classes**2
-    label = label_of(weights, choice, number_of_classes)
-    cost = _cost(problem, state, choice, final, label, deviation)
-    scalar_free, scale_free = (jnp.asarray(flag, jnp.float64) for flag in problem.unknowns)
-    freedom = number_of_classes - scalar_free - scale_free - jnp.sum(active)
     return LikelihoodFit(
         scalar=scalar,
         factor=factor,
-        label=label,
-        label_deviation=deviation,
+        label=label_of(weights, choice, number_of_classes),
+        label_deviation=_label_deviation(choice, final, number_of_classes),
         scalar_deviation=either(problem.unknowns.scalar, jnp.sqrt(inverse[0, 0]), jnp.zeros(())),
         agreeing=~choice.singled(number_of_classes),
         level_deviation=jnp.sqrt(total_variance),
-        feature_pull=final.slope @ final.whitened_residual,
-        cost=jnp.where(jnp.isfinite(cost), cost, jnp.inf),
-        misfit=final.chi_squared / jnp.maximum(freedom, 1),
+        feature_pull=softmax_slope(final.prediction, final.whitened_residual),
+        cost=_cost(problem, state, choice, final),
+        misfit=_misfit(problem, choice, final),
     )
 
 
-def _cost(
-    problem: Problem, state: State, choice: Choice, final: Step, label: jax.Array, deviation: jax.Array
-) -> jax.Array:
-    """() twice minus the logarithm of the evidence, by Laplace's method.
+def _label_deviation(choice: Choice, step: Step, number_of_classes: int) -> jax.Array:
+    """(C,) standard deviation of the entries of y(w)."""
+    chosen = jnp.where(choice.active[:, None], choice.columns(number_of_classes), 0.0)
+    return jnp.sqrt(jnp.sum(chosen * (step.parameter_covariance[2:, 2:] @ chosen), axis=0))
+
+
+def _misfit(problem: Problem, choice: Choice, step: Step) -> jax.Array:
+    """() chi^2 per degree of freedom."""
+    scalar_free, scale_free = (jnp.asarray(flag, jnp.float64) for flag in problem.unknowns)
+    freedom = problem.own.left.size - scalar_free - scale_free - jnp.sum(choice.active)
+    return step.chi_squared / jnp.maximum(freedom, 1)
+
+
+def _cost(problem: Problem, state: State, choice: Choice, final: Step) -> jax.Array:
+    """() twice minus the logarithm of the evidence, by Laplace's method; infinite where it is not a number.
 
     Likelihood (in terms of the observed u, whose errors do not depend on kappa), the volume the data leaves to the
     parameters, and their priors.
     """
-    number_of_classes, tied = label.size, choice.sum_precision
+    number_of_classes, tied = problem.own.left.size, choice.sum_precision
+    label = label_of(state.weights, choice, number_of_classes)
+    deviation = _label_deviation(choice, final, number_of_classes)
     scalar_free, scale_free = (jnp.asarray(flag, jnp.float64) for flag in problem.unknowns)
     singled = jnp.sum(choice.active)
     log_likelihood = final.chi_squared + final.log_determinant - 2 * number_of_classes * jnp.log(jnp.abs(state.factor))
@@ -246,4 +334,5 @@ def _cost(
     uncertain = deviation > 0
     margin = jnp.where(uncertain, label / jnp.where(uncertain, deviation, 1.0), jnp.inf)
     validity = -2 * jax.scipy.special.log_ndtr(jnp.clip(jnp.min(margin), -1e3, 1e3))
-    return log_likelihood + volume + prior + validity
+    cost = log_likelihood + volume + prior + validity
+    return jnp.where(jnp.isfinite(cost), cost, jnp.inf)

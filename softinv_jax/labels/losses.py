@@ -25,7 +25,21 @@ from softinv_jax.labels.scalar_equation import (
     with_client_error,
 )
 
-__all__ = ["LossName", "Outcome", "Trial", "judge", "search_losses", "trials_for"]
+__all__ = [
+    "Attempts",
+    "Kept",
+    "LossName",
+    "Outcome",
+    "Trial",
+    "attempt",
+    "attempts_for",
+    "is_settled",
+    "judge",
+    "keep_better",
+    "nothing_kept",
+    "search_losses",
+    "trials_for",
+]
 
 LossName = Literal["auto", "cross_entropy", "weighted_cross_entropy", "tempered_cross_entropy", "binary_cross_entropy"]
 
@@ -114,6 +128,81 @@ def _lacks_rows(equation: ScalarEquation, found: Consensus, label: jax.Array) ->
     return (equation.logit_error > 0) & jnp.any(missing)
 
 
+class Attempts(NamedTuple):
+    """What is tried in turn, (rows,) each: the losses, then the first one again for coarse arithmetic of the client.
+
+    Attributes:
+      scalar, scale, loss: see `Trial`. error: of the client's logits. losses: () int32, how many rows are losses.
+    """
+
+    scalar: np.ndarray | jax.Array
+    scale: np.ndarray | jax.Array
+    loss: np.ndarray | jax.Array
+    error: np.ndarray | jax.Array
+    losses: np.ndarray | jax.Array
+
+
+def attempts_for(trials: tuple[Trial, ...]) -> Attempts:
+    """Every attempt that `search_losses` may make; trials: static, at least one."""
+    rows = [(*trial, 0.0) for trial in trials] + [(*trials[0], size) for size in CLIENT_ERRORS]
+    scalar, scale, loss, error = (np.array(column) for column in zip(*rows, strict=True))
+    return Attempts(scalar, scale, loss.astype(np.int32), error, np.asarray(len(trials), np.int32))
+
+
+class Kept(NamedTuple):
+    """The best outcome so far, and () the lowest cost of those that were kept."""
+
+    outcome: Outcome
+    lowest: jax.Array
+
+
+def attempt(reading: Reading, attempts: Attempts, index: jax.Array, *, noisy: bool | None = None) -> Outcome:
+    """One attempt. noisy: static, see `explain_thoroughly`; every attempt at coarse arithmetic is."""
+    scalar, scale, loss, error = (jnp.asarray(column)[index] for column in attempts[:4])
+    unknowns = Unknowns(scalar, scale)
+    coarse = index >= attempts.losses
+    seen = replace(
+        reading,
+        equation=with_client_error(reading.equation, error),
+        is_rounding=reading.is_rounding & ~coarse,
+    )
+    found = explain_thoroughly(seen, unknowns, noisy=noisy)
+    # An error that is assumed, not measured, lets much fit: it takes agreement to be worth telling.
+    return judge(replace(seen, is_rounding=seen.is_rounding | coarse), found, unknowns, loss)
+
+
+def is_settled(reading: Reading, kept: Outcome, attempts: Attempts, index: jax.Array) -> jax.Array:
+    """() bool: the attempts from `index` on are not needed."""
+    # Rounding to half precision is no noise of the channel: the client is likely to have computed that way.
+    few_digits = reading.leftover.few_digits & ~reading.is_rounding
+    noisy = ~reading.is_rounding & ~few_digits
+    # What fits as it should under noise needs no other loss, and coarse arithmetic is lost in it.
+    settled = jnp.where(noisy, kept.unique | kept.listed[0] | (index >= attempts.losses), kept.unique & ~few_digits)
+    return (index > 0) & settled & (kept.logit_error == 0)
+
+
+def keep_better(kept: Kept, new: Outcome, attempts: Attempts, index: jax.Array) -> Kept:
+    """The outcome of the attempt at `index`, or the one before."""
+    before, lowest = kept
+    told, other = before.explanations.found.surprise[0], new.explanations.found.surprise[0]
+    # One of several tried, and by as much as sets it apart from the one that was told.
+    bound = UNIQUE_SURPRISE + jnp.log(1.0 * attempts.losses) + jnp.maximum(told, 0.0)
+    another_loss = new.unique & (other >= bound)
+    # Of errors that are about as likely the largest: what it states holds for the smaller ones too.
+    likelier = (before.loss == attempts.loss[0]) & (new.explanations.cost < lowest + AS_LIKELY)
+    coarser = new.listed[0] & (~before.listed[0] | likelier)
+    better = (index == 0) | jnp.where(index < attempts.losses, another_loss, coarser)
+    lowest = jnp.where(better, jnp.minimum(lowest, new.explanations.cost), lowest)
+    return Kept(jax.tree.map(lambda a, b: jnp.where(better, a, b), new, before), lowest)
+
+
+def nothing_kept(reading: Reading, trials: tuple[Trial, ...]) -> Kept:
+    """Before the first attempt."""
+    shapes = jax.eval_shape(lambda one: attempt(one, attempts_for(trials), jnp.int32(0)), reading)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return Kept(empty, jnp.asarray(jnp.inf))
+
+
 def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:
     """The first loss under which the gradient has one explanation; where there is none, what the first one gives.
 
@@ -124,45 +213,14 @@ def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:
     Args:
       reading: of one gradient, thorough. trials: static, at least one.
     """
-    rows = [(*trial, 0.0) for trial in trials] + [(*trials[0], size) for size in CLIENT_ERRORS]
-    scalars, scales, losses, errors = (jnp.asarray(column) for column in zip(*rows, strict=True))
+    attempts = attempts_for(trials)
 
-    @jax.jit
-    def attempt(index: jax.Array) -> Outcome:
-        unknowns = Unknowns(scalars[index], scales[index])
-        coarse = index >= len(trials)
-        seen = replace(
-            reading,
-            equation=with_client_error(reading.equation, errors[index]),
-            is_rounding=reading.is_rounding & ~coarse,
-        )
-        found = explain_thoroughly(seen, unknowns)
-        # An error that is assumed, not measured, lets much fit: it takes agreement to be worth telling.
-        return judge(replace(seen, is_rounding=seen.is_rounding | coarse), found, unknowns, losses[index])
+    def unsettled(state: tuple[jax.Array, Kept]) -> jax.Array:
+        index, kept = state
+        return (index < attempts.error.size) & ~is_settled(reading, kept.outcome, attempts, index)
 
-    # Rounding to half precision is no noise of the channel: the client is likely to have computed that way.
-    few_digits = reading.leftover.few_digits & ~reading.is_rounding
-    noisy = ~reading.is_rounding & ~few_digits
+    def proceed(state: tuple[jax.Array, Kept]) -> tuple[jax.Array, Kept]:
+        index, kept = state
+        return index + 1, keep_better(kept, attempt(reading, attempts, index), attempts, index)
 
-    def unsettled(state: tuple[jax.Array, Outcome, jax.Array]) -> jax.Array:
-        index, kept, _ = state
-        # What fits as it should under noise needs no other loss, and coarse arithmetic is lost in it.
-        settled = jnp.where(noisy, kept.unique | kept.listed[0] | (index >= len(trials)), kept.unique & ~few_digits)
-        return (index < len(rows)) & ~(settled & (kept.logit_error == 0))
-
-    def proceed(state: tuple[jax.Array, Outcome, jax.Array]) -> tuple[jax.Array, Outcome, jax.Array]:
-        index, kept, lowest = state
-        new = attempt(index)
-        told, other = kept.explanations.found.surprise[0], new.explanations.found.surprise[0]
-        # One of several tried, and by as much as sets it apart from the one that was told.
-        bound = UNIQUE_SURPRISE + jnp.log(1.0 * len(trials)) + jnp.maximum(told, 0.0)
-        another_loss = new.unique & (other >= bound)
-        # Of errors that are about as likely the largest: what it states holds for the smaller ones too.
-        likelier = (kept.loss == losses[0]) & (new.explanations.cost < lowest + AS_LIKELY)
-        coarser = new.listed[0] & (~kept.listed[0] | likelier)
-        better = (index == 0) | jnp.where(index < len(trials), another_loss, coarser)
-        lowest = jnp.where(better, jnp.minimum(lowest, new.explanations.cost), lowest)
-        return index + 1, jax.tree.map(lambda a, b: jnp.where(better, a, b), new, kept), lowest
-
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(attempt, jnp.int32(0)))
-    return jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), nothing, jnp.asarray(jnp.inf)))[1]
+    return jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), nothing_kept(reading, trials)))[1].outcome

@@ -1,6 +1,7 @@
 """The label equation under noise, and one step of generalised least squares in all of its unknowns.
 
-See `likelihood` for the model. The noise on v is integrated out: it stands in the covariance of the equation.
+See `likelihood` for the model. The noise on v is integrated out: it stands in the covariance of the equation,
+Sigma = D + U U^T with a diagonal D and few columns U, so that everything here grows as C. (Woodbury's identity.)
 """
 
 from typing import NamedTuple
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from softinv_jax.float64 import argmin
-from softinv_jax.labels.scalar_equation import ScalarEquation, Unknowns, either, label_deviation
+from softinv_jax.labels.scalar_equation import DirectionNoise, ScalarEquation, Unknowns, either, label_deviation
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
-__all__ = ["Choice", "Problem", "State", "Step", "advance", "label_of", "solve"]
+__all__ = ["Choice", "Problem", "State", "Step", "advance", "label_of", "softmax_slope", "solve"]
 
 STEP_SHARES = (1.0, 0.5, 0.25, 0.0625, 0.0)
 
@@ -27,24 +28,29 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One generalised least-squares solution around a state."""
+    """One generalised least-squares solution around a state.
+
+    Sigma^-1 is diag(`own_precision`) - shared inner shared^T.
+    """
 
     change: jax.Array  # (2 + slots,) of lambda, kappa and the weights
     parameter_covariance: jax.Array
     parameter_log_determinant: jax.Array  # of the inverse of that covariance
-    slope: jax.Array  # (C, C) dp / dlogits
+    prediction: jax.Array  # (C,) p
     chi_squared: jax.Array  # before the change
     log_determinant: jax.Array  # of the residual's covariance
     whitened_residual: jax.Array  # (C,) Sigma^-1 r after the change
     whitened_design: jax.Array  # (C, 2 + slots)
-    precision: jax.Array  # (C, C) Sigma^-1
+    own_precision: jax.Array  # (C,)
+    shared: jax.Array  # (C, columns)
+    inner: jax.Array  # (columns, columns)
 
 
 class Problem(NamedTuple):
-    """What the fit is of; see `fit_likelihood`. `own` has no errors of z: they are in the covariance."""
+    """What the fit is of; see `fit_likelihood`. `own` has no errors of z: they are in `noise`."""
 
     own: ScalarEquation
-    direction_covariance: jax.Array
+    noise: DirectionNoise
     factor_variance: jax.Array
     unknowns: Unknowns
 
@@ -65,6 +71,11 @@ class Choice(NamedTuple):
         return jnp.any(jax.nn.one_hot(self.slots, number_of_classes) * self.active[:, None] > 0, axis=0)
 
 
+def softmax_slope(prediction: jax.Array, change: jax.Array) -> jax.Array:
+    """(C,) what softmax p changes by with its logits: (diag(p) - p p^T) times (C,)."""
+    return prediction * (change - jnp.sum(prediction * change))
+
+
 def _evaluate(
     problem: Problem, scalar: jax.Array, factor: jax.Array, shift: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -75,20 +86,26 @@ def _evaluate(
     return prediction, raw, label_deviation(equation, scalar, factor, prediction, raw)
 
 
-def _model(
-    problem: Problem, scalar: jax.Array, factor: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(C,) label, (C, C) dp / dlogits, and (C, C) covariance of the label's entries."""
-    prediction, raw, deviation = _evaluate(problem, scalar, factor, shift)
-    softmax_slope = jnp.diag(prediction) - prediction[:, None] * prediction[None, :]
-    spread = softmax_slope @ problem.direction_covariance @ softmax_slope * scalar**2
+def _covariance(
+    problem: Problem, scalar: jax.Array, prediction: jax.Array, deviation: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(C,) D and (C, columns) U of the covariance of the label's entries, D + U U^T."""
+    root, rest = problem.noise
+    spread = jnp.abs(scalar) * prediction[:, None] * (root - (prediction @ root)[None, :])
     # Taken as independent of the error of z, of the same origin: at worst a factor of sqrt(2) is lost.
-    left = problem.own.left
-    spread = spread + problem.factor_variance * left[:, None] * left[None, :]
-    return raw, softmax_slope, jnp.diag(deviation**2) + spread
+    columns = [spread, jnp.sqrt(problem.factor_variance) * problem.own.left[:, None]]
+    own = deviation**2
+    if rest is not None:
+        # Errors of logits that are independent of each other: their own, and the one of the softmax's sum.
+        apart = (scalar * prediction) ** 2 * rest
+        own = own + apart
+        columns.append(jnp.sqrt(jnp.sum(apart)) * prediction[:, None])
+    return own, jnp.concatenate(columns, axis=1)
 
 
-def _columns(problem: Problem, state: State, slope: jax.Array, logit_gradient: jax.Array, choice: Choice) -> jax.Array:
+def _columns(
+    problem: Problem, state: State, prediction: jax.Array, logit_gradient: jax.Array, choice: Choice
+) -> jax.Array:
     """(C, 2 + slots) derivatives of the label equation; unused columns are zero.
 
     With g = p - y for kappa u: the errors of u grow with kappa, and so the likelihood is not least squares in
@@ -96,7 +113,7 @@ def _columns(problem: Problem, state: State, slope: jax.Array, logit_gradient: j
     """
     unknowns = problem.unknowns
     zero = jnp.zeros_like(logit_gradient)
-    by_scalar = slope @ problem.own.direction
+    by_scalar = softmax_slope(prediction, problem.own.direction)
     by_scalar = either(unknowns.scale, by_scalar, by_scalar + logit_gradient / state.scalar)
     by_scalar = either(unknowns.scalar, by_scalar, zero)
     by_factor = either(unknowns.scale, -logit_gradient / state.factor, zero)
@@ -109,15 +126,17 @@ def label_of(weights: jax.Array, choice: Choice, number_of_classes: int) -> jax.
     return 1 / number_of_classes + jnp.where(choice.active, weights, 0.0) @ choice.columns(number_of_classes)
 
 
-def _shift_of(problem: Problem, scalar: jax.Array, dual: jax.Array) -> jax.Array:
-    """zeta, which generalised least squares gives as -lambda^2 tau^2 W P W^T q."""
-    return -(scalar**2) * problem.direction_covariance @ dual
+def _pulled(problem: Problem, dual: jax.Array) -> jax.Array:
+    """(C,) tau^2 W P W^T q; zeta is -lambda^2 of that, as generalised least squares gives it."""
+    root, rest = problem.noise
+    pulled = root @ (dual @ root)
+    return pulled if rest is None else pulled + rest * dual
 
 
-def _objective(problem: Problem, state: State, choice: Choice) -> jax.Array:
+def _objective(problem: Problem, state: State, pulled: jax.Array, choice: Choice) -> jax.Array:
     """Chi^2 of the errors of u and of v that the state stands for, and of the priors."""
     scalar, factor, weights, dual = state
-    shift = _shift_of(problem, scalar, dual)
+    shift = -(scalar**2) * pulled
     _, raw, deviation = _evaluate(problem, scalar, factor, shift)
     used = jnp.where(choice.active, weights, 0.0)
     residual = (raw - label_of(weights, choice, raw.size)) / deviation
@@ -132,13 +151,18 @@ def solve(problem: Problem, state: State, choice: Choice) -> Step:
     """Generalised least squares around a state."""
     scalar, factor, weights, dual = state
     active, sum_precision = choice.active, choice.sum_precision
-    shift = _shift_of(problem, scalar, dual)
-    raw, slope, covariance = _model(problem, scalar, factor, shift)
+    shift = -(scalar**2) * _pulled(problem, dual)
+    prediction, raw, deviation = _evaluate(problem, scalar, factor, shift)
     mismatch = raw - label_of(weights, choice, raw.size)
-    residual = mismatch - slope @ shift
-    design = _columns(problem, state, slope, mismatch + factor * problem.own.left, choice)
-    precision, log_determinant = inverse_and_log_determinant(covariance)
-    weighted, weighted_residual = precision @ design, precision @ residual
+    residual = mismatch - softmax_slope(prediction, shift)
+    design = _columns(problem, state, prediction, mismatch + factor * problem.own.left, choice)
+    own, columns = _covariance(problem, scalar, prediction, deviation)
+    root = jax.lax.rsqrt(own)[:, None]
+    scaled = columns * root
+    inner, log_determinant = inverse_and_log_determinant(jnp.eye(columns.shape[1]) + scaled.T @ scaled)
+    both = jnp.concatenate([design, residual[:, None]], axis=1) * root
+    both = (both - scaled @ (inner @ (scaled.T @ both))) * root
+    weighted, weighted_residual = both[:, :-1], both[:, -1]
     # A weight lies in (-1, 1): the prior N(0, 1) is nothing beside data that says anything about it.
     prior = jnp.concatenate([jnp.zeros((2,)), active.astype(jnp.float64)])
     normal = design.T @ weighted + jnp.diag(prior) + sum_precision * prior[:, None] * prior[None, :]
@@ -152,31 +176,34 @@ def solve(problem: Problem, state: State, choice: Choice) -> Step:
         change=change,
         parameter_covariance=inverse,
         parameter_log_determinant=parameter_log_determinant,
-        slope=slope,
+        prediction=prediction,
         chi_squared=jnp.sum(residual * weighted_residual) + jnp.sum(used_weights**2),
-        log_determinant=log_determinant,
+        log_determinant=log_determinant + jnp.sum(jnp.log(own)),
         whitened_residual=weighted_residual + weighted @ change,
         whitened_design=weighted,
-        precision=precision,
+        own_precision=1 / own,
+        shared=scaled * root,
+        inner=inner,
     )
 
 
-def advance(problem: Problem, state: State, choice: Choice) -> State:
+def advance(problem: Problem, state: State, choice: Choice, step: Step) -> State:
     """The largest part of a Gauss-Newton step that lowers the objective most; none if nothing lowers it."""
-    step = solve(problem, state, choice)
-    new_dual = step.slope @ step.whitened_residual
+    new_dual = softmax_slope(step.prediction, step.whitened_residual)
     # Neither through zero nor beyond a doubling at once: lambda keeps its sign.
     limit = jnp.where(step.change[0] * jnp.sign(state.scalar) < 0, 0.5, 1.0) * jnp.abs(state.scalar)
     longest = jnp.minimum(1.0, limit / jnp.maximum(jnp.abs(step.change[0]), jnp.finfo(jnp.float64).tiny))
 
-    def part(share: jax.Array) -> State:
+    pulled, new_pulled = (_pulled(problem, dual) for dual in (state.dual, new_dual))
+
+    def part(share: jax.Array) -> tuple[State, jax.Array]:
         share = share * longest
         scalar = either(problem.unknowns.scalar, state.scalar + share * step.change[0], state.scalar)
         factor = either(problem.unknowns.scale, state.factor + share * step.change[1], 1 / scalar)
         weights = state.weights + share * step.change[2:]
-        return State(scalar, factor, weights, state.dual + share * (new_dual - state.dual))
+        new = State(scalar, factor, weights, state.dual + share * (new_dual - state.dual))
+        return new, _objective(problem, new, pulled + share * (new_pulled - pulled), choice)
 
-    parts = jax.vmap(part)(jnp.asarray(STEP_SHARES))
-    values = jax.vmap(lambda state: _objective(problem, state, choice))(parts)
+    parts, values = jax.vmap(part)(jnp.asarray(STEP_SHARES))
     best = argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
     return jax.tree.map(lambda leaf: leaf[best], parts)

@@ -5,12 +5,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from softinv_jax.float64 import argmin
 from softinv_jax.labels.consensus import Consensus
 from softinv_jax.labels.explanations import Explanations
 from softinv_jax.labels.likelihood import fit_likelihood, trimmed_starts
 from softinv_jax.labels.polishing import polish_consensus
-from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation, Unknowns
+from softinv_jax.labels.scalar_equation import TOLERANCE, DirectionNoise, ScalarEquation, Unknowns
 
 __all__ = ["explain_by_likelihood"]
 
@@ -19,24 +18,18 @@ LIKELIHOOD_STARTS = 4
 
 def explain_by_likelihood(
     equation: ScalarEquation,
-    direction_covariance: jax.Array,
+    noise: DirectionNoise,
     factor_variance: jax.Array,
-    polished: Consensus,
+    suggested: Consensus,
     unknowns: Unknowns,
 ) -> Explanations:
-    """Maximum likelihood from the best hypotheses and from the weighted variance loss."""
+    """Maximum likelihood from a few hypotheses (a leading axis of `suggested`) and from the weighted variance loss."""
     trimmed = trimmed_starts(equation, unknowns, LIKELIHOOD_STARTS)
     starts = [
-        jnp.concatenate([best[:LIKELIHOOD_STARTS], other])
-        for best, other in zip((polished.scalar, polished.factor, polished.agreeing), trimmed, strict=True)
+        jnp.concatenate([best, other])
+        for best, other in zip((suggested.scalar, suggested.factor, suggested.agreeing), trimmed, strict=True)
     ]
-    fits = jax.vmap(
-        lambda scalar, factor, agreeing: fit_likelihood(
-            equation, direction_covariance, factor_variance, scalar, factor, agreeing, unknowns
-        )
-    )(*starts)
-    best = argmin(fits.cost)
-    fit = jax.tree.map(lambda leaf: leaf[best], fits)
+    fit = fit_likelihood(equation, noise, factor_variance, (starts[0], starts[1], starts[2]), unknowns)
     level = jnp.sum(jnp.where(fit.agreeing, fit.label, 0.0)) / jnp.maximum(jnp.sum(fit.agreeing), 1)
     described = polish_consensus(
         equation,

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from softinv_jax.labels.hard_label import odd_class
-from softinv_jax.labels.scalar_equation import TOLERANCE, ScalarEquation
+from softinv_jax.labels.scalar_equation import TOLERANCE, DirectionNoise, ScalarEquation
+from softinv_jax.linear_algebra import root_of_semidefinite
 from softinv_jax.observation.head import Observation, append_bias
 from softinv_jax.observation.leftover import Leftover, describe_leftover, is_one_size
 from softinv_jax.observation.rank_one import (
@@ -21,9 +22,10 @@ from softinv_jax.observation.rank_one import (
     with_known_noise,
 )
 
-__all__ = ["Reading", "feature_along", "read_gradient"]
+__all__ = ["Reading", "read_gradient"]
 
 DRIFTING_SUM = 5.0
+CORRELATED_CLASSES = 32
 # Entries of either sign would all have one in a case of a million.
 SIGNED_ENTRIES = 20
 
@@ -31,15 +33,15 @@ SIGNED_ENTRIES = 20
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reading:
-    """Everything about one gradient but the direction v of its feature. float64 except for the flags.
+    """Everything about one gradient but the d entries of its feature. float64 except for the flags.
 
     Attributes:
       equation: the scalar equation.
-      direction_covariance: (C, C) of z from the noise on v; (0, 0) where it was not read thoroughly: at C = 1000 it is
-        as large as the gradient.
+      direction_noise: of z from the noise on v; without columns where it was not read thoroughly.
       feature_variance: () of each entry of v. factor_variance: () of kappa, where a bias tells it.
-      right_norm: () length of v as it is kept. longest: () the lambda beyond which a feature leaves the range of the
-        result's dtype. total: () sum of the entries of v / |v|; with a bias the last one, of the constant feature 1.
+      coefficients: (C,) of the rows of the gradient that make v. longest: () the lambda beyond which a feature leaves
+        the range of the result's dtype. total: () sum of the entries of v; with a bias the last one, of the constant
+        feature 1.
       feature_sign: () 1 or -1 where no entry of v is of the other sign beyond its error (ReLU, sigmoid); else 0.
       residual: () see `RankOneFactors`. is_rounding: () bool, likewise.
       has_signal: () bool, the gradient is more than noise of the size measured would be.
@@ -49,10 +51,10 @@ class Reading:
     """
 
     equation: ScalarEquation
-    direction_covariance: jax.Array
+    direction_noise: DirectionNoise
     feature_variance: jax.Array
     factor_variance: jax.Array
-    right_norm: jax.Array
+    coefficients: jax.Array
     longest: jax.Array
     total: jax.Array
     feature_sign: jax.Array
@@ -64,14 +66,11 @@ class Reading:
     hinted_class: jax.Array
 
 
-def read_gradient(observation: Observation, *, told_scale: bool, thorough: bool) -> tuple[Reading, jax.Array]:
+def read_gradient(observation: Observation, *, told_scale: bool, thorough: bool) -> Reading:
     """Factors, scalar equation and noise of one gradient.
 
     Args:
       observation: one example. told_scale, thorough: static.
-
-    Returns:
-      The reading, and v in the gradient's dtype, of length `right_norm`: (d,), or (d + 1,) with a bias.
     """
     has_bias = observation.bias is not None
     weight, gradient = append_bias(observation)
@@ -88,26 +87,30 @@ def read_gradient(observation: Observation, *, told_scale: bool, thorough: bool)
     right = factors.right.astype(jnp.float64) / norm
     leftover, one_size, profile = _nothing_left(), jnp.zeros((), bool), jnp.ones_like(right)
     if thorough:
-        matrix, rounding = gradient.astype(jnp.float64), significant_rounding(gradient)
+        rounding = significant_rounding(gradient)
         noise = None if observation.noise is None else observation.noise.astype(jnp.float64)
-        leftover = describe_leftover(matrix, factors.left, right, rounding, noise, has_bias=has_bias)
-        one_size = is_one_size(matrix)
+        leftover = describe_leftover(gradient, factors.left, right, rounding, noise, has_bias=has_bias)
+        one_size = is_one_size(gradient)
         # Half precision errs in proportion to each entry: most where the feature is strong, which counts most.
         profile = jnp.where(leftover.few_digits, jnp.sqrt(1.0 * right.size) * jnp.abs(right), 1.0)
         factors = replace(factors, row_noise=factors.row_noise * jnp.sqrt(jnp.sum((profile * right) ** 2)))
     square = jnp.sum(factors.left**2)
     feature_variance = jnp.sum((factors.left * factors.row_noise) ** 2) / jnp.where(square == 0, 1.0, square) ** 2
-    equation, covariance = _scalar_equation(weight, factors, right, feature_variance, profile, has_bias, thorough)
+    equation = _scalar_equation(weight, factors, right, has_bias, thorough)
+    noise_on_z = DirectionNoise(jnp.zeros((weight.shape[0], 0)), None)
+    if thorough:
+        noise_on_z, deviation = _direction_noise(weight, equation, right, profile, feature_variance, has_bias)
+        equation = replace(equation, direction_deviation=deviation)
     # The last entry of v is read from the bias's column alone, whatever noise that has.
     of_bias = feature_variance * (leftover.bias_excess * profile[-1]) ** 2
     total = right[-1] if has_bias else jnp.sum(right)
-    reading = Reading(
+    return Reading(
         equation=equation,
-        direction_covariance=covariance,
+        direction_noise=noise_on_z,
         feature_variance=feature_variance,
         # With a bias, kappa is the last entry of v, unless it is an unknown of its own.
         factor_variance=of_bias if has_bias and told_scale else jnp.zeros_like(feature_variance),
-        right_norm=norm,
+        coefficients=factors.coefficients / norm,
         longest=float(jnp.finfo(gradient.dtype).max) / jnp.maximum(jnp.max(jnp.abs(right)), 1e-300),
         total=total,
         feature_sign=_common_sign(right, feature_variance),
@@ -118,7 +121,6 @@ def read_gradient(observation: Observation, *, told_scale: bool, thorough: bool)
         one_size=one_size,
         hinted_class=odd_class(factors.left, total),
     )
-    return reading, factors.right
 
 
 def _common_sign(right: jax.Array, variance: jax.Array) -> jax.Array:
@@ -134,33 +136,10 @@ def _nothing_left() -> Leftover:
     return Leftover(stands_out=no, rows_alike=no, deleted=no, few_digits=no, on_grid=no, bias_excess=jnp.ones(()))
 
 
-def feature_along(
-    observation: Observation, right: jax.Array, norm: jax.Array, scalar: jax.Array, pull: jax.Array | None
-) -> jax.Array:
-    """x = lambda v, (d,) float64, less what the label's structure says of its error.
-
-    Args:
-      right, norm: of `read_gradient`. scalar: () lambda; NaN gives NaN. pull: (C,) by class, or None.
-    """
-    right = right.astype(jnp.float64) / norm
-    feature = scalar * right
-    if pull is not None:
-        weight, _ = append_bias(observation)
-        pulled = pull @ weight.astype(jnp.float64)
-        feature = feature - (pulled - right * jnp.sum(right * pulled))
-    return feature if observation.bias is None else feature[:-1]
-
-
 def _scalar_equation(
-    weight: jax.Array,
-    factors: RankOneFactors,
-    right: jax.Array,
-    feature_variance: jax.Array,
-    profile: jax.Array,
-    has_bias: bool,
-    thorough: bool,
-) -> tuple[ScalarEquation, jax.Array]:
-    """The scalar equation, and the covariance of z from the noise on v: (C, C), or (0, 0) where not `thorough`."""
+    weight: jax.Array, factors: RankOneFactors, right: jax.Array, has_bias: bool, thorough: bool
+) -> ScalarEquation:
+    """The scalar equation, so far without the noise of z."""
     weight64 = weight.astype(jnp.float64)
     direction = weight64 @ right
     weight_norm = jnp.sqrt(jnp.sum(weight64**2, axis=1))
@@ -169,32 +148,60 @@ def _scalar_equation(
         # roundoffs of |W_j| |x| were seen where independent roundings would have cost 0.4. The fast search expects
         # the latter, and leaves what does not fit to this one.
         weight_norm = jnp.where(factors.is_rounding, DRIFTING_SUM * weight_norm, weight_norm)
-    number_of_classes = direction.size
-    zeros = jnp.zeros((number_of_classes,))
-    scalar = 1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64)
-    covariance = jnp.zeros((0, 0))
-    direction_deviation = zeros
-    if thorough:
-        if has_bias:
-            # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
-            tied = weight64.at[:, -1].add(-scalar * direction)
-        else:
-            tied = weight64 - direction[:, None] * right[None, :]
-        tied = tied * profile[None, :]
-        covariance = feature_variance * (tied @ tied.T)
-        direction_deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), 0.0))
-    equation = ScalarEquation(
+    zeros = jnp.zeros((direction.size,))
+    return ScalarEquation(
         direction=direction,
         offset=zeros,
         left=factors.left,
         left_deviation=factors.row_noise,
-        direction_deviation=direction_deviation,
+        direction_deviation=zeros,
         weight_norm=weight_norm,
         roundoff=factors.client_rounding,
         logit_error=jnp.zeros(()),
-        known_scalar=scalar,
+        known_scalar=1.0 / right[-1] if has_bias else jnp.asarray(jnp.nan, jnp.float64),
     )
-    return equation, covariance
+
+
+def _direction_noise(
+    weight: jax.Array,
+    equation: ScalarEquation,
+    right: jax.Array,
+    profile: jax.Array,
+    feature_variance: jax.Array,
+    has_bias: bool,
+) -> tuple[DirectionNoise, jax.Array]:
+    """Covariance of z from the noise on v, and (C,) its deviations.
+
+    Errors of two logits go together as their rows of W do. That is kept for the classes that can hold much of the
+    softmax, those with the largest logits (of either sign, where the sign of lambda is not known); all others are taken
+    as independent: their entries are too small for it to matter.
+    """
+    classes, direction = weight.shape[0], equation.direction
+
+    def tied(rows: jax.Array, along: jax.Array) -> jax.Array:
+        if has_bias:
+            # The last entry of x is 1 exactly, so that an error of v there rescales all of it.
+            rows = rows.astype(jnp.float64).at[:, -1].add(-equation.known_scalar * along)
+        else:
+            rows = rows.astype(jnp.float64) - along[:, None] * right[None, :]
+        return rows * profile[None, :]
+
+    variance = feature_variance * jnp.sum(tied(weight, direction) ** 2, axis=1)
+    if classes <= CORRELATED_CLASSES:
+        rows = tied(weight, direction)
+        root = root_of_semidefinite(feature_variance * (rows @ rows.T))
+        return DirectionNoise(root, None), jnp.sqrt(variance)
+    # float32 is enough to pick classes.
+    logits = (equation.known_scalar * direction if has_bias else direction).astype(jnp.float32)
+    if has_bias:
+        chosen = jax.lax.top_k(logits, CORRELATED_CLASSES)[1]
+    else:
+        ends = [jax.lax.top_k(sign * logits, CORRELATED_CLASSES // 2)[1] for sign in (1, -1)]
+        chosen = jnp.concatenate(ends)
+    rows = tied(weight[chosen], direction[chosen])
+    own = root_of_semidefinite(feature_variance * (rows @ rows.T))
+    root = jnp.zeros((classes, CORRELATED_CLASSES)).at[chosen].set(own, mode="promise_in_bounds", unique_indices=True)
+    return DirectionNoise(root, variance.at[chosen].set(0.0, mode="promise_in_bounds")), jnp.sqrt(variance)
 
 
 def _has_signal(factors: RankOneFactors, features: int) -> jax.Array:

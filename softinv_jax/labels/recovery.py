@@ -12,12 +12,14 @@ from softinv_jax.labels.assumptions import Loss
 from softinv_jax.labels.closed_form import unexplained_outcome
 from softinv_jax.labels.conclusion import Asked, conclude
 from softinv_jax.labels.exact import LISTED, explain_by_consensus
+from softinv_jax.labels.explanations import is_unbalanced
+from softinv_jax.labels.features import FeatureSource, feature_of
 from softinv_jax.labels.independent import explain_independent_outputs
 from softinv_jax.labels.interval import feasible_interval
-from softinv_jax.labels.losses import LossName, Outcome, judge, search_losses, trials_for
+from softinv_jax.labels.losses import LossName, Outcome, Trial, judge, search_losses, trials_for
 from softinv_jax.labels.mean_label import mean_label
 from softinv_jax.labels.published import explain_by_sign, explain_by_variance
-from softinv_jax.labels.reading import Reading, feature_along, read_gradient
+from softinv_jax.labels.reading import Reading, read_gradient
 from softinv_jax.labels.scalar_equation import TOLERANCE, Unknowns
 from softinv_jax.labels.variance import FORMATS
 from softinv_jax.labels.verdicts import Recovery, Verdict
@@ -25,7 +27,28 @@ from softinv_jax.observation.head import Observation, append_bias, observe
 from softinv_jax.observation.leftover import count_examples
 from softinv_jax.observation.rank_one import significant_rounding
 
-__all__ = ["LossName", "Method", "Stages", "complete", "read", "recover", "search", "stages_for"]
+__all__ = [
+    "LossName",
+    "Method",
+    "Stages",
+    "check_single",
+    "complete",
+    "count_several",
+    "in_kept_dtype",
+    "interval_of",
+    "is_independent",
+    "is_of_several",
+    "is_open_question",
+    "may_be_independent",
+    "or_independent",
+    "read",
+    "recover",
+    "search",
+    "softmax_trials",
+    "stages_for",
+    "unexplained",
+    "verdict_of",
+]
 
 Method = Literal["exact", "variance", "idlg"]
 
@@ -72,14 +95,18 @@ def recover(
       ValueError: for arrays `observe` refuses, an unknown method, or a method that does not apply to the head.
     """
     observation = observe(**vars(observation))
+    check_single(observation)
+    stages = stages_for(observation, method, unknown_scale, label_format, thorough, loss, approximate=approximate)
+    return complete(observation, search(read(observation, stages), stages), stages)
+
+
+def check_single(observation: Observation) -> None:
+    """Raise ValueError where an observation is not of one gradient."""
     if observation.weight_gradient.ndim != 2:
         raise ValueError(
             f"recover takes one example, but weight_gradient has shape {observation.weight_gradient.shape};"
             " use recover_many or jax.vmap"
         )
-    stages = stages_for(observation, method, unknown_scale, label_format, thorough, loss, approximate=approximate)
-    reading, right = read(observation, stages)
-    return complete(observation, right, reading.right_norm, *search(reading, stages))
 
 
 class Stages(NamedTuple):
@@ -130,14 +157,26 @@ def stages_for(
 
 # Compiled by themselves where they are called by themselves: taken operation by operation, a search takes seconds.
 @partial(jax.jit, static_argnums=1)
-def read(observation: Observation, stages: Stages) -> tuple[Reading, jax.Array]:
+def read(observation: Observation, stages: Stages) -> Reading:
     """First stage: everything of size d."""
     return read_gradient(observation, told_scale=stages.told_scale, thorough=stages.thorough)
 
 
 @partial(jax.jit, static_argnums=1)
-def search(reading: Reading, stages: Stages) -> tuple[Recovery, jax.Array | None]:
-    """Second stage: a `Recovery` without its feature, and what the label says of the feature's error."""
+def search(reading: Reading, stages: Stages) -> Recovery:
+    """Second stage: a `Recovery` with what its feature is made from."""
+    recovery = verdict_of(reading, _explain(reading, stages), stages)
+    if is_open_question(stages):
+        recovery = jax.lax.cond(
+            recovery.verdict == Verdict.UNIDENTIFIABLE,
+            lambda: replace(recovery, interval=interval_of(reading, stages)),
+            lambda: recovery,
+        )
+    return recovery
+
+
+def verdict_of(reading: Reading, outcome: Outcome, stages: Stages) -> Recovery:
+    """What is told of an outcome."""
     asked = Asked(
         has_bias=stages.has_bias,
         told_scale=stages.told_scale,
@@ -145,12 +184,17 @@ def search(reading: Reading, stages: Stages) -> tuple[Recovery, jax.Array | None
         approximate=stages.approximate,
         is_softmax=stages.loss != "binary_cross_entropy" and reading.equation.left.size > 1,
     )
-    recovery, pull = conclude(reading, _explain(reading, stages), asked)
-    if stages.thorough and stages.method == "exact":
-        interval = feasible_interval(reading.equation, _told_unknowns(stages))
-        is_open = recovery.verdict == Verdict.UNIDENTIFIABLE
-        recovery = replace(recovery, interval=jnp.where(is_open, interval, jnp.nan))
-    return recovery, pull
+    return conclude(reading, outcome, asked)
+
+
+def is_open_question(stages: Stages) -> bool:
+    """Whether the interval of every possible lambda is asked for, where none is singled out."""
+    return stages.thorough and stages.method == "exact"
+
+
+def interval_of(reading: Reading, stages: Stages) -> jax.Array:
+    """(2,) every lambda that gives a valid label."""
+    return feasible_interval(reading.equation, _told_unknowns(stages))
 
 
 def _told_unknowns(stages: Stages) -> Unknowns:
@@ -165,53 +209,72 @@ def _explain(reading: Reading, stages: Stages) -> Outcome:
         assert stages.label_format is not None
         explanations = explain_by_variance(reading, FORMATS[stages.label_format], unknowns)
         return judge(reading, explanations, unknowns, Loss.CROSS_ENTROPY)
-    trials = trials_for(stages.loss, has_bias=stages.has_bias, told_scale=stages.told_scale)
-    classes = reading.equation.left.size
-    if not stages.thorough and trials and classes >= 3:
+    trials = softmax_trials(reading.equation.left.size, stages)
+    if not stages.thorough and trials:
         first = trials[0]
         free = Unknowns(first.scalar, first.scale)
         outcome = judge(reading, explain_by_consensus(reading.equation, free), free, first.loss)
         return outcome._replace(unique=outcome.unique & reading.is_rounding)  # Noise is for the thorough search.
-    if trials and classes >= 3:
-        outcome = search_losses(reading, trials)
-    else:
-        outcome = unexplained_outcome(reading.equation, LISTED, unknowns, Loss.CROSS_ENTROPY)
-    if stages.loss not in ("auto", "binary_cross_entropy"):
+    outcome = search_losses(reading, trials) if trials else unexplained(reading, stages)
+    if not may_be_independent(stages):
         return outcome
-    return _or_independent(reading, outcome, stages)
+    if is_independent(reading.equation.left.size, stages):
+        return or_independent(reading, outcome, stages)
+    hopeless = outcome.unique | ~is_unbalanced(reading.equation)
+    return jax.lax.cond(hopeless, lambda: outcome, lambda: or_independent(reading, outcome, stages))
 
 
-def _or_independent(reading: Reading, outcome: Outcome, stages: Stages) -> Outcome:
-    """The outcome as it is where a softmax explains the gradient; else what independent sigmoids make of it."""
-    alone = stages.loss == "binary_cross_entropy" or reading.equation.left.size == 1
-
-    def independent() -> Outcome:
-        found = explain_independent_outputs(
-            reading, told_scale=stages.told_scale, has_bias=stages.has_bias, listed=LISTED
-        )
-        better = found.unique | alone
-        return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, outcome)
-
-    if alone:
-        return independent()
-    return jax.lax.cond(outcome.unique, lambda: outcome, independent)
+def softmax_trials(classes: int, stages: Stages) -> tuple[Trial, ...]:
+    """The softmax losses to try; none where there are too few classes, or the loss is no softmax."""
+    trials = trials_for(stages.loss, has_bias=stages.has_bias, told_scale=stages.told_scale)
+    return trials if classes >= 3 else ()
 
 
-@jax.jit
-def complete(
-    observation: Observation, right: jax.Array, norm: jax.Array, recovery: Recovery, pull: jax.Array | None
-) -> Recovery:
+def unexplained(reading: Reading, stages: Stages) -> Outcome:
+    """The outcome where no softmax is tried."""
+    return unexplained_outcome(reading.equation, LISTED, _told_unknowns(stages), Loss.CROSS_ENTROPY)
+
+
+def may_be_independent(stages: Stages) -> bool:
+    """Whether independent sigmoids are tried where no softmax explains the gradient, or could."""
+    return stages.loss in ("auto", "binary_cross_entropy")
+
+
+def is_independent(classes: int, stages: Stages) -> bool:
+    """Whether independent sigmoids are all there is to try."""
+    return stages.loss == "binary_cross_entropy" or classes == 1
+
+
+def or_independent(reading: Reading, outcome: Outcome, stages: Stages) -> Outcome:
+    """What independent sigmoids make of the gradient, if that is anything, or else the outcome as it is."""
+    found = explain_independent_outputs(reading, told_scale=stages.told_scale, has_bias=stages.has_bias, listed=LISTED)
+    better = found.unique | is_independent(reading.equation.left.size, stages)
+    return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, outcome)
+
+
+@partial(jax.jit, static_argnums=2)
+def complete(observation: Observation, recovery: Recovery, stages: Stages) -> Recovery:
     """Last stage: the feature, the number of examples, and everything in the gradient's dtype (float32 at least)."""
-    kept = jnp.promote_types(observation.weight_gradient.dtype, jnp.float32)
-    recovery = replace(recovery, feature=feature_along(observation, right, norm, recovery.scalar, pull))
-    if pull is not None:  # The search was thorough.
-        several = recovery.assumptions.examples == 0
-        several = several & (recovery.verdict != Verdict.NO_SIGNAL)
-        recovery = jax.lax.cond(several, partial(_of_several, observation), lambda one: one, recovery)
+    source = recovery.stored_feature
+    assert isinstance(source, FeatureSource)
+    recovery = replace(recovery, stored_feature=feature_of(observation, source))
+    if stages.thorough:
+        recovery = jax.lax.cond(is_of_several(recovery), partial(count_several, observation), lambda one: one, recovery)
+    return in_kept_dtype(recovery, observation.weight_gradient.dtype)
+
+
+def in_kept_dtype(recovery: Recovery, dtype: jnp.dtype) -> Recovery:
+    """Everything in the gradient's dtype, float32 at least."""
+    kept = jnp.promote_types(dtype, jnp.float32)
     return jax.tree.map(lambda leaf: leaf.astype(kept) if leaf.dtype == jnp.float64 else leaf, recovery)
 
 
-def _of_several(observation: Observation, recovery: Recovery) -> Recovery:
+def is_of_several(recovery: Recovery) -> jax.Array:
+    """() bool: of a thorough recovery, the gradient holds several examples, which are to be counted."""
+    return (recovery.assumptions.examples == 0) & (recovery.verdict != Verdict.NO_SIGNAL)
+
+
+def count_several(observation: Observation, recovery: Recovery) -> Recovery:
     """The recovery with how many examples stand out, and the mean of their labels."""
     _, gradient = append_bias(observation)
     gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 __all__ = [
     "TOLERANCE",
+    "DirectionNoise",
     "ScalarEquation",
     "Unknowns",
     "either",
@@ -77,6 +78,17 @@ class ScalarEquation:
     roundoff: jax.Array
     logit_error: jax.Array
     known_scalar: jax.Array
+
+
+class DirectionNoise(NamedTuple):
+    """Covariance of the errors of z that noise on v makes, root root^T + diag(rest); float64.
+
+    Attributes:
+      root: (C, M). rest: (C,), or None where the root has all of it.
+    """
+
+    root: jax.Array
+    rest: jax.Array | None
 
 
 def probabilities(equation: ScalarEquation, scalar: jax.Array) -> jax.Array:

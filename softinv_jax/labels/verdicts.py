@@ -1,10 +1,13 @@
 """What a recovery claims, and the result that carries the claim with its evidence."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import jax
 import numpy as np
+
+from softinv_jax.labels.features import FeatureSource, features_of
 
 __all__ = [
     "Assumptions",
@@ -171,7 +174,7 @@ class Recovery:
 
     Attributes:
       label: (C,) soft label; NaN unless the verdict is unique, conditional or ambiguous (then the best candidate's).
-      feature: (d,) last-layer feature, likewise.
+      stored_feature: the feature, or what it is made from; see `feature`.
       scalar: () lambda = |x| with the sign that goes with the singular vector.
       scale: () factor between the observed gradient and dL/dW; 1 where the scale was known.
       format: the label's format.
@@ -185,7 +188,8 @@ class Recovery:
     """
 
     label: jax.Array
-    feature: jax.Array
+    # Files name it by what it holds.
+    stored_feature: jax.Array | FeatureSource = field(metadata={"name": "feature"})
     scalar: jax.Array
     scale: jax.Array
     format: LabelFormat
@@ -195,6 +199,16 @@ class Recovery:
     evidence: Evidence
     assumptions: Assumptions
     mean: MeanLabel
+
+    @cached_property
+    def feature(self) -> jax.Array:
+        """(d,) last-layer feature, NaN where the label is; of many it is made when it is first asked for.
+
+        Raises:
+          ValueError: where NumPy gradients were overwritten since.
+        """
+        stored = self.stored_feature
+        return features_of(stored) if isinstance(stored, FeatureSource) else stored
 
     @property
     def verdict_name(self) -> np.ndarray:

@@ -162,12 +162,12 @@ def check_finite(name: str, value: jax.Array) -> None:
     """Raise ValueError where a concrete array holds NaN or infinite entries, naming the first."""
     if isinstance(value, jax.core.Tracer):
         return  # Values are unknown while tracing; the recovery then gives NaN and an honest verdict.
-    array = np.asarray(value)
-    # One pass without a second array: a sum hides no NaN and no infinity.
+    # One pass without a second array, where the array is: a sum hides no NaN and no infinity.
     with np.errstate(all="ignore"):
-        total = np.sum(array)
+        total = jax.device_get(_sum(value)) if isinstance(value, jax.Array) else np.sum(value)
     if np.isfinite(total):
         return
+    array = np.asarray(jax.device_get(value))
     finite = np.isfinite(array)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -176,6 +176,9 @@ def check_finite(name: str, value: jax.Array) -> None:
             f"{name} holds {count} entries that are not finite, the first {array[index]} at index"
             f" {index}; leave out the samples concerned"
         )
+
+
+_sum = jax.jit(jnp.sum)
 
 
 def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_of_classes: int | None = None) -> str:

@@ -17,6 +17,8 @@ from softinv_jax.linear_algebra import orthonormal_columns
 __all__ = ["Leftover", "count_examples", "describe_leftover", "is_one_size"]
 
 POWER_STEPS = 16
+GRAM_ROWS = 256
+SEEN_ENTRIES = 1024
 BEYOND_SPREAD = 6.0
 NEARLY_WHOLE = 1e-3
 LEVELS_SEEN = 12
@@ -70,7 +72,7 @@ def describe_leftover(
     """What is left of G beyond u v^T.
 
     Args:
-      gradient: (C, d) float64. left, right: u (C,) and v (d,), |v| = 1.
+      gradient: (C, d). left, right: u (C,) and v (d,), |v| = 1, float64.
       relative_rounding: () largest relative error that each entry was rounded with.
       noise: (C,) deviation per entry that noise on each row is known to have, or None.
       has_bias: static; the last column is the gradient of a bias.
@@ -82,12 +84,15 @@ def describe_leftover(
     edge = np.sqrt(rows) + np.sqrt(columns) + BEYOND_EDGE
     few_digits = _is_rounding_to_digits(gradient, expected, error, relative_rounding)
     beyond_digits = ~few_digits
-    stands_out = (_largest_singular_value(whitened) > edge) & beyond_digits
-    alike = (_rows_alike(whitened, axis) | _adds_up_to_zero(error, left)) & beyond_digits
+    gram = _gram(whitened) if rows <= GRAM_ROWS else None
+    stands_out = (_largest_singular_value(whitened, gram) > edge) & beyond_digits
+    cancels = _adds_up_to_zero(error, left)
+    alike = (_rows_alike(whitened, axis, gram) | cancels) & beyond_digits
     if noise is not None:  # What is known to be there is no example.
         told = jnp.where(noise[:, None] > 0, error / jnp.where(noise > 0, noise, 1.0)[:, None], jnp.inf)
-        beyond = _largest_singular_value(told) > edge
-        stands_out, alike = stands_out & beyond, alike & (beyond | _adds_up_to_zero(error, left))
+        told = told.astype(jnp.float32)
+        beyond = _largest_singular_value(told, _gram(told) if rows <= GRAM_ROWS else None) > edge
+        stands_out, alike = stands_out & beyond, alike & (beyond | cancels)
     column_square = jnp.mean(whitened**2, axis=0)
     usual = jnp.mean(column_square)
     bias_excess = jnp.sqrt(column_square[-1] / jnp.where(usual > 0, usual, 1.0)) if has_bias else jnp.ones(())
@@ -97,27 +102,39 @@ def describe_leftover(
         deleted=_deleted(gradient, expected, error, noise) & beyond_digits,
         few_digits=few_digits,
         on_grid=_is_on_grid(gradient) & beyond_digits,
-        bias_excess=jnp.maximum(bias_excess, 1.0),
+        bias_excess=jnp.maximum(bias_excess, 1.0).astype(jnp.float64),
     )
+
+
+def _gram(whitened: jax.Array) -> jax.Array:
+    """Inner products of the rows. HIGHEST: accelerators otherwise multiply float32 in reduced precision."""
+    return jnp.matmul(whitened, whitened.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _is_on_grid(gradient: jax.Array) -> jax.Array:
     """() bool: all entries are whole multiples of one step, and not very large ones.
 
-    The step is the smallest entry or, where no entry is that small, the least by which the next larger ones differ.
+    The step is the smallest entry or, where no entry is that small, the least by which the next larger ones differ. A
+    part of the entries shows it, if it is there; all of them must agree.
     """
-    size = jnp.abs(gradient)
-    smallest = jnp.min(jnp.where(size > 0, size, jnp.inf))
+    some = jnp.abs(gradient.ravel()[:: max(gradient.size // SEEN_ENTRIES, 1)]).astype(jnp.float64)
+    smallest = jnp.min(jnp.where(some > 0, some, jnp.inf))
 
     def climb(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         level, step = state
-        following = jnp.min(jnp.where(size > (1 + NEARLY_WHOLE) * level, size, jnp.inf))
+        following = jnp.min(jnp.where(some > (1 + NEARLY_WHOLE) * level, some, jnp.inf))
         return following, jnp.minimum(step, following - level)
 
     _, step = jax.lax.fori_loop(0, LEVELS_SEEN, climb, (smallest, smallest))
-    multiple = size / jnp.where((step > 0) & jnp.isfinite(step), step, 1e-300)
-    whole = jnp.all(jnp.abs(multiple - jnp.round(multiple)) < NEARLY_WHOLE)
-    return whole & (jnp.max(multiple) < MOST_LEVELS) & (jnp.sum(size > 0) >= 32)
+    inverse = 1 / jnp.where((step > 0) & jnp.isfinite(step), step, 1e-300)
+    multiple = jnp.abs(gradient).astype(jnp.float64) * inverse
+    off = jnp.max(jnp.abs(multiple - jnp.floor(multiple + 0.5)))
+    most = jnp.max(jnp.abs(gradient)).astype(jnp.float64) * inverse
+    return (off < NEARLY_WHOLE) & (most < MOST_LEVELS) & (_count(gradient != 0) >= 32)
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    return jnp.sum(flags, dtype=jnp.int32)
 
 
 def _is_rounding_to_digits(
@@ -129,7 +146,7 @@ def _is_rounding_to_digits(
     half of the smallest step, which is no larger than the smallest entry.
     """
     size = jnp.abs(gradient)
-    step = jnp.min(jnp.where(size > 0, size, jnp.inf))
+    step = jnp.min(jnp.where(size > 0, size, jnp.inf)).astype(jnp.float64)
     rounding = relative_rounding * jnp.abs(expected) + jnp.where(jnp.isfinite(step), step, 0.0) / 2
     row = jnp.sqrt(jnp.mean(error**2, axis=1))
     own = jnp.sqrt(jnp.mean(rounding**2, axis=1))
@@ -141,46 +158,71 @@ def _whitened(error: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     E = N - u (u^T N) / |u|^2 of noise N: divided by its sizes s, E lacks the part of N / s along u and has another one
     along u / s instead. Projected off u / s it is noise of deviation 1, projected off one axis. s is adjusted until it
-    is.
+    is. Entries of the size 1, of which only the statistics count: float32.
     """
     columns = error.shape[1]
-
-    def project(size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        safe = jnp.where(size > 0, size, 1.0)
-        axis = jnp.where(size > 0, left / safe, 0.0)
-        axis = axis / jnp.maximum(jnp.sqrt(jnp.sum(axis**2)), 1e-300)
-        divided = jnp.where((size > 0)[:, None], error / safe[:, None], 0.0)
-        return divided - axis[:, None] * (axis @ divided)[None, :], axis
-
-    def adjust(_: int, size: jax.Array) -> jax.Array:
-        divided, axis = project(size)
-        square = jnp.sum(divided**2, axis=1) / max(columns - 1, 1)
-        return size * jnp.clip(jnp.sqrt(square / jnp.maximum(1 - axis**2, 0.05)), 0.25, 4.0)
-
     row = jnp.sum(error**2, axis=1) / max(columns - 1, 1)
     pooled = jnp.sum(row) / max(left.size - 1, 1)
     square = jnp.sum(left**2)
     start = jnp.sqrt(row + pooled * left**2 / jnp.where(square > 0, square, 1.0))
-    return project(jax.lax.fori_loop(0, 8, adjust, start))
+    safe = jnp.where(start > 0, start, 1.0)
+    unit = jnp.where((start > 0)[:, None], error / safe[:, None], 0.0).astype(jnp.float32)
+
+    def project(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """With `size` in units of the start."""
+        axis = jnp.where(start > 0, left / (safe * size), 0.0)
+        axis = (axis / jnp.maximum(jnp.sqrt(jnp.sum(axis**2)), 1e-300)).astype(jnp.float32)
+        divided = unit / size.astype(jnp.float32)[:, None]
+        shared = jnp.matmul(axis, divided, precision=jax.lax.Precision.HIGHEST)
+        return divided - axis[:, None] * shared[None, :], axis
+
+    def adjust(_: int, size: jax.Array) -> jax.Array:
+        divided, axis = project(size)
+        square = jnp.sum(divided**2, axis=1) / max(columns - 1, 1)
+        change = jnp.clip(jnp.sqrt(square / jnp.maximum(1 - axis**2, 0.05)), 0.25, 4.0)
+        return size * jnp.where(start > 0, change, 1.0)
+
+    return project(jax.lax.fori_loop(0, 8, adjust, jnp.ones_like(start)))
 
 
-def _rows_alike(whitened: jax.Array, axis: jax.Array) -> jax.Array:
+def _rows_alike(whitened: jax.Array, axis: jax.Array, gram: jax.Array | None) -> jax.Array:
     """() bool: the squared inner products of the rows add up to more than those of independent noise.
 
     Noise projected off one axis has rows of covariance S = 1 - axis axis^T, and its Gram matrix K has
     E tr K^2 = d (d + 1) tr S^2 + d (tr S)^2 (second moment of the Wishart distribution). d is the number of columns
     that share the noise: fewer where some have most of it.
+
+    Args:
+      gram: of the rows, or None where there are so many that sums of them, with signs, stand for them.
     """
-    rows = axis.size
     share = jnp.sum(whitened**2, axis=0)
     square, total = jnp.sum(share**2), jnp.sum(share)
     columns = total**2 / jnp.where(square > 0, square, 1.0)
+    if gram is None:
+        whitened = _signed_sums(whitened)
+        gram = _gram(whitened)
+        total = jnp.sum(whitened**2)
+    rows = gram.shape[0]
     # As much in all as so many columns of deviation 1 hold.
-    unit = whitened * jnp.sqrt(columns * max(rows - 1, 1) / jnp.where(total > 0, total, 1.0))
-    gram = unit @ unit.T
+    unit = columns * max(rows - 1, 1) / jnp.where(total > 0, total, 1.0)
     expected = columns * (columns + 1) * (rows - 1) + columns * (rows - 1) ** 2
     spread = 2 * columns * np.sqrt(rows * max(rows - 1, 1))
-    return jnp.sum(gram**2) - expected > BEYOND_SPREAD * spread
+    return jnp.sum((gram * unit) ** 2) - expected > BEYOND_SPREAD * spread
+
+
+def _signed_sums(whitened: jax.Array) -> jax.Array:
+    """(GRAM_ROWS, d) sums of as many disjoint sets of rows, each row with a sign: noise stays noise, of the same size.
+
+    Their squared inner products are far fewer; a second example is in them, weaker by the root of the sets' size.
+    """
+    rows = whitened.shape[0]
+    each = -(-rows // GRAM_ROWS)
+    signs = np.random.default_rng(rows).choice(np.array([-1.0, 1.0], np.float32), rows)
+    padded = jnp.pad(whitened * signs[:, None], ((0, each * GRAM_ROWS - rows), (0, 0)))
+    # The last sets are smaller, or empty.
+    members = np.clip(rows - np.arange(GRAM_ROWS), 0, None)
+    members = np.maximum(-(-members // GRAM_ROWS), 1)
+    return jnp.sum(padded.reshape(each, GRAM_ROWS, -1), axis=0) / np.sqrt(members).astype(np.float32)[:, None]
 
 
 def _adds_up_to_zero(error: jax.Array, left: jax.Array) -> jax.Array:
@@ -201,16 +243,23 @@ def _adds_up_to_zero(error: jax.Array, left: jax.Array) -> jax.Array:
     return (total > 0) & (kept > SUM_LEFT) & (columns / 2 * (safe - 1 - jnp.log(safe)) > BY_ACCIDENT)
 
 
-def _largest_singular_value(matrix: jax.Array) -> jax.Array:
-    """() by power iteration from the strongest row: never too large."""
+def _largest_singular_value(matrix: jax.Array, gram: jax.Array | None) -> jax.Array:
+    """() by power iteration from the strongest row: never too large.
+
+    Args:
+      matrix: (C, d). gram: of its rows, where that is the smaller matrix; or None.
+    """
     strongest = jnp.sum(matrix**2, axis=1)
-    start = jnp.sum(jnp.where((strongest == jnp.max(strongest))[:, None], matrix, 0.0), axis=0)
+    first = strongest == jnp.max(strongest)
 
-    def iterate(_: int, right: jax.Array) -> jax.Array:
-        right = (matrix @ right) @ matrix
-        return right / jnp.maximum(jnp.sqrt(jnp.sum(right**2)), 1e-300)
+    def normal(vector: jax.Array) -> jax.Array:
+        return vector / jnp.maximum(jnp.sqrt(jnp.sum(vector**2)), 1e-30)
 
-    right = jax.lax.fori_loop(0, POWER_STEPS, iterate, start)
+    if gram is not None:
+        left = jax.lax.fori_loop(0, POWER_STEPS, lambda _, left: normal(gram @ left), normal(first.astype(gram.dtype)))
+        return jnp.sqrt(jnp.maximum(jnp.sum(left * (gram @ left)), 0.0))
+    start = normal(jnp.sum(jnp.where(first[:, None], matrix, 0.0), axis=0))
+    right = jax.lax.fori_loop(0, POWER_STEPS, lambda _, right: normal((matrix @ right) @ matrix), start)
     return jnp.sqrt(jnp.sum((matrix @ right) ** 2))
 
 
@@ -220,28 +269,30 @@ def _deleted(gradient: jax.Array, expected: jax.Array, error: jax.Array, noise: 
     And than noise that is known to be there: parameters of different sizes are rounded in different steps.
     """
     is_zero = gradient == 0
-    empty = jnp.all(is_zero, axis=1, keepdims=True) | jnp.all(is_zero, axis=0, keepdims=True)
-    zeros, others = is_zero & ~empty, ~is_zero
-    at_zeros = jnp.sum(jnp.where(zeros, expected**2, 0.0)) / jnp.maximum(jnp.sum(zeros), 1)
-    elsewhere = jnp.sum(jnp.where(others, error**2, 0.0)) / jnp.maximum(jnp.sum(others), 1)
+    rows, columns = jnp.sum(is_zero, axis=1, dtype=jnp.int32), jnp.sum(is_zero, axis=0, dtype=jnp.int32)
+    full_rows, full_columns = rows < is_zero.shape[1], columns < is_zero.shape[0]
+    zeros = is_zero & full_rows[:, None] & full_columns[None, :]
+    count = _count(zeros)
+    at_zeros = jnp.sum(jnp.where(zeros, expected**2, 0.0)) / jnp.maximum(count, 1)
+    elsewhere = jnp.sum(jnp.where(is_zero, 0.0, error**2)) / jnp.maximum(is_zero.size - jnp.sum(rows), 1)
     if noise is not None:
-        own = jnp.sum(jnp.where(zeros, noise[:, None] ** 2, 0.0)) / jnp.maximum(jnp.sum(zeros), 1)
+        own = jnp.sum(jnp.where(zeros, noise[:, None] ** 2, 0.0)) / jnp.maximum(count, 1)
         elsewhere = jnp.maximum(elsewhere, own)
-    return (jnp.sum(zeros) >= 3) & (at_zeros > TELLTALE_ZEROS**2 * elsewhere)
+    return (count >= 3) & (at_zeros > TELLTALE_ZEROS**2 * elsewhere)
 
 
 def is_one_size(gradient: jax.Array) -> jax.Array:
     """() bool: nearly all entries that are not zero have one size, as Adam's first step and sign descent leave them.
 
     Args:
-      gradient: (C, d) float64.
+      gradient: (C, d).
     """
-    size = jnp.abs(gradient)
-    count = jnp.maximum(jnp.sum(size > 0), 1)
+    size = jnp.abs(gradient).astype(jnp.float64)
+    count = _count(size > 0)
     largest = jnp.maximum(jnp.max(size), 1e-300)
-    relative = size / largest
-    mean, square = jnp.sum(relative) / count, jnp.sum(relative**2) / count
-    return (jnp.sum(size > 0) >= 32) & (mean**2 > ONE_SIZE * square)
+    relative = size * (1 / largest)
+    total, square = jnp.sum(relative), jnp.sum(relative**2)
+    return (count >= 32) & (total**2 > ONE_SIZE * square * count)
 
 
 def count_examples(gradient: jax.Array, relative_rounding: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ class RankOneFactors:
     Attributes:
       left: (C,) float64, u; carries the magnitude of G.
       right: (d,) v, in the gradient's dtype, of any length (see `right_norm`).
+      coefficients: (C,) float64, with right = coefficients^T G.
       right_norm: float64, |v|. `left` belongs to the unit vector v / |v|.
       row_noise: (C,) float64, standard deviation of whatever is not u v^T, per entry of each row. Zero where it
         does not exceed the rounding of the gradient's dtype.
@@ -47,6 +48,7 @@ class RankOneFactors:
 
     left: jax.Array
     right: jax.Array
+    coefficients: jax.Array
     right_norm: jax.Array
     row_noise: jax.Array
     residual: jax.Array
@@ -142,7 +144,17 @@ def dominant_factors(gradient: jax.Array) -> RankOneFactors:
     row_noise = jnp.where(is_rounding, 0.0, row_deviation / np.sqrt(features))
     total = jnp.sqrt(jnp.sum(left**2))
     residual = jnp.sqrt(jnp.sum(row_deviation**2)) / jnp.where(total == 0, 1.0, total)
-    return RankOneFactors(left, right, right_norm, row_noise, residual, is_rounding, entry_rounding, client_rounding)
+    return RankOneFactors(
+        left=left,
+        right=right,
+        coefficients=(jnp.arange(left.size, dtype=jnp.int32) == row).astype(jnp.float64),
+        right_norm=right_norm,
+        row_noise=row_noise,
+        residual=residual,
+        is_rounding=is_rounding,
+        entry_rounding=entry_rounding,
+        client_rounding=client_rounding,
+    )
 
 
 def average_rows(gradient: jax.Array, factors: RankOneFactors) -> RankOneFactors:
@@ -152,7 +164,7 @@ def average_rows(gradient: jax.Array, factors: RankOneFactors) -> RankOneFactors
     right = jnp.matmul(weights.astype(gradient.dtype), gradient, precision=jax.lax.Precision.HIGHEST)
     right = right.astype(jnp.float64)
     norm = jnp.sqrt(jnp.sum(right**2))
-    return replace(factors, right=right, right_norm=norm)
+    return replace(factors, right=right, coefficients=weights, right_norm=norm)
 
 
 def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> RankOneFactors:
@@ -168,14 +180,16 @@ def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> Rank
     matrix = gradient.astype(jnp.float64)
     number_of_classes, features = gradient.shape
 
-    def iterate(_: int, right: jax.Array) -> jax.Array:
-        right = (matrix @ right) @ matrix
-        return right / jnp.maximum(jnp.sqrt(jnp.sum(right**2)), jnp.finfo(jnp.float64).tiny)
+    def iterate(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        left = matrix @ state[0]
+        right = left @ matrix
+        norm = jnp.maximum(jnp.sqrt(jnp.sum(right**2)), jnp.finfo(jnp.float64).tiny)
+        return right / norm, left / norm
 
     # Each step shrinks the error by (second / first singular value)^2: below 1e-3 for every gradient in which
     # the sample is worth looking for.
     right = start.right.astype(jnp.float64) / jnp.where(start.right_norm == 0, 1.0, start.right_norm)
-    right = jax.lax.fori_loop(0, 6, iterate, right)
+    right, coefficients = jax.lax.fori_loop(0, 6, iterate, (right, jnp.zeros_like(start.left)))
     left = matrix @ right
     residual = matrix - left[:, None] * right[None, :]
     # The right factor follows each row's own noise by that row's share of |u|^2; what it took away comes back as
@@ -194,6 +208,7 @@ def leading_singular_factors(gradient: jax.Array, start: RankOneFactors) -> Rank
         start,
         left=left,
         right=right,
+        coefficients=coefficients,
         right_norm=jnp.ones(()),
         row_noise=row_noise,
         residual=relative,

@@ -31,7 +31,7 @@ def equation(direction: np.ndarray, left: np.ndarray) -> ScalarEquation:
 def solve(direction: np.ndarray, left: np.ndarray, unknowns: Unknowns = LAMBDA_ONLY) -> Hypotheses:
     with jax.enable_x64(True):
         plan = plan_triples(direction.size, 1000)
-        return jax.device_get(solve_hypotheses(equation(direction, left), plan, unknowns))
+        return jax.device_get(solve_hypotheses(equation(direction, left), plan.triples, unknowns))
 
 
 def hard_example(seed: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, float]:

@@ -37,10 +37,10 @@ def test_recovery(number_of_classes: int, unknown_scale: bool, thorough: bool) -
     observation = softinv_jax.observe(weight, gradient)
     stages = recovery.stages_for(observation, "exact", unknown_scale, None, thorough)
     programs = [program_for_tpu(lambda seen: recovery.read(seen, stages), observation)]
-    reading, right = jax.eval_shape(lambda seen: recovery.read(seen, stages), observation)
+    reading = jax.eval_shape(lambda seen: recovery.read(seen, stages), observation)
     programs.append(program_for_tpu(lambda reading: recovery.search(reading, stages), reading))
-    found, pull = jax.eval_shape(lambda reading: recovery.search(reading, stages), reading)
-    programs.append(program_for_tpu(recovery.complete, observation, right, reading.right_norm, found, pull))
+    found = jax.eval_shape(lambda reading: recovery.search(reading, stages), reading)
+    programs.append(program_for_tpu(lambda seen, found: recovery.complete(seen, found, stages), observation, found))
     for program in programs:
         assert "f64" in program
         assert not FORBIDDEN.findall(program)
