@@ -103,22 +103,32 @@ class Run:
           columns: heading and what stands there, by row.
           draw: makes the plot from the rows.
         """
-        facts = self.facts()
-        cells = [[str(value(row)) for value in columns.values()] for row in self.rows]
+        cells = self.write(title, columns)
         table = Table(*columns, title=title)
         for row in cells:
             table.add_row(*row)
         Console(width=max(Console().width, 150)).print(table)
+        folder = self.arguments.out
+        if draw is not None:
+            figure = draw(self.rows)
+            write_atomically(folder / f"{self.name}.png", lambda file: figure.savefig(file, dpi=110))
+        print(f"{folder}/{self.name}.json, .md{', .png' if draw else ''}", file=sys.stderr)
+
+    def write(self, title: str, columns: Mapping[str, Callable[[dict[str, Any]], object]]) -> list[list[str]]:
+        """Write NAME.json and NAME.md of the rows so far, so that a run that is stopped leaves what it had.
+
+        Returns:
+          What stands in the table, row by row.
+        """
+        facts = self.facts()
+        cells = [[str(value(row)) for value in columns.values()] for row in self.rows]
         folder = self.arguments.out
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts | {"rows": self.rows}, indent=1, default=_plain)
         write_atomically(folder / f"{self.name}.json", lambda file: file.write(f"{text}\n".encode()))
         page = _markdown(title, list(columns), cells, facts, self.name)
         write_atomically(folder / f"{self.name}.md", lambda file: file.write(page.encode()))
-        if draw is not None:
-            figure = draw(self.rows)
-            write_atomically(folder / f"{self.name}.png", lambda file: figure.savefig(file, dpi=110))
-        print(f"{folder}/{self.name}.json, .md{', .png' if draw else ''}", file=sys.stderr)
+        return cells
 
     def facts(self) -> dict[str, Any]:
         """What the results depend on, and what they cost."""
