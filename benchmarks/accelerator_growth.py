@@ -1,7 +1,7 @@
 """`accelerator.py --growth`: how rate and memory grow with the number of classes C, of features d, and of gradients N.
 
-Each point is a process of its own, because a device tells the largest memory of its process only. On a CPU it is what
-the process holds at most, above what it held before the call. The first call compiles; memory is given for both.
+Each point is a process of its own, because a device tells the largest memory of its process only: all calls together.
+On a CPU it is what the process holds at most, above what it held before the call; the first call, which compiles, apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Growth with C, d and N"
-MEGABYTES, MEGABYTES_ON_CPU = 256, 16  # Of gradients, where N is not what grows.
+MEGABYTES, MEGABYTES_ON_CPU = 256, 64  # Of gradients, where N is not what grows.
 FEWEST = 4
 LONGEST_POINT = 120.0  # Seconds.
 POINTS: dict[str, tuple[tuple[int, int, int], ...]] = {  # C, d and N; 0: as many as make up the megabytes.
@@ -129,7 +129,7 @@ def run_growth(arguments: argparse.Namespace) -> None:
             run.notes["device"] = row.get("device", run.notes.get("device", "unknown"))
             run.add(grows=grows, **row)
             run.write(TITLE, COLUMNS)
-    run.finish(TITLE, COLUMNS, draw)
+    run.finish(TITLE, COLUMNS, draw if any("count" in row for row in run.rows) else None)
 
 
 def _multiple(name: str) -> Callable[[dict[str, Any]], str]:
@@ -159,7 +159,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Labels a second above, memory below, against what grows."""
-    kinds = list(dict.fromkeys(row["grows"] for row in rows))
+    kinds = list(dict.fromkeys(row["grows"] for row in rows if "count" in row))
     figure = new_figure(3.4 * len(kinds), 5.4)
     panels = figure.subplots(2, len(kinds), squeeze=False)
     for (above, below), kind in zip(panels.T, kinds, strict=True):
