@@ -1,7 +1,8 @@
 """`accelerator.py --growth`: how rate and memory grow with the number of classes C, of features d, and of gradients N.
 
 Each point is a process of its own, because a device tells the largest memory of its process only: all calls together.
-On a CPU it is what the process holds at most, above what it held before the call; the first call, which compiles, apart.
+On a CPU it is what the process holds at most, above what it held before the call; the first call, which compiles, is
+apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from accelerator_session import best_of, score
 from runner import Run, new_figure, timed
 
 import softinv_jax
+from softinv_jax.command_line.compilation_cache import keep_compiled_programs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,4 +179,5 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
+    keep_compiled_programs()
     print(json.dumps(measure_point(*map(int, sys.argv[1:4]))))

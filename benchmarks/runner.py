@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 5
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "numpy", "torch")
 Item = TypeVar("Item")
 
 
@@ -138,9 +139,7 @@ class Run:
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "commit": self.commit,
             "device": _device(),
-            "versions": {
-                name: found for name in ("jax", "jaxlib", "flax", "numpy", "torch") if (found := _version(name))
-            }
+            "versions": {name: found for name in PACKAGES if (found := _version(name))}
             | {"python": platform.python_version()},
             "arguments": {name: value for name, value in plain.items() if isinstance(value, str | int | float | list)},
             "seconds": round(time.perf_counter() - self._start, 1),
@@ -221,7 +220,7 @@ def _commit() -> str:
 def _device() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
+        return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
