@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 5
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "numpy", "torch")
 Item = TypeVar("Item")
 
 
@@ -103,22 +104,32 @@ class Run:
           columns: heading and what stands there, by row.
           draw: makes the plot from the rows.
         """
-        facts = self.facts()
-        cells = [[str(value(row)) for value in columns.values()] for row in self.rows]
+        cells = self.write(title, columns)
         table = Table(*columns, title=title)
         for row in cells:
             table.add_row(*row)
         Console(width=max(Console().width, 150)).print(table)
+        folder = self.arguments.out
+        if draw is not None:
+            figure = draw(self.rows)
+            write_atomically(folder / f"{self.name}.png", lambda file: figure.savefig(file, dpi=110))
+        print(f"{folder}/{self.name}.json, .md{', .png' if draw else ''}", file=sys.stderr)
+
+    def write(self, title: str, columns: Mapping[str, Callable[[dict[str, Any]], object]]) -> list[list[str]]:
+        """Write NAME.json and NAME.md of the rows so far, so that a run that is stopped leaves what it had.
+
+        Returns:
+          What stands in the table, row by row.
+        """
+        facts = self.facts()
+        cells = [[str(value(row)) for value in columns.values()] for row in self.rows]
         folder = self.arguments.out
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts | {"rows": self.rows}, indent=1, default=_plain)
         write_atomically(folder / f"{self.name}.json", lambda file: file.write(f"{text}\n".encode()))
         page = _markdown(title, list(columns), cells, facts, self.name)
         write_atomically(folder / f"{self.name}.md", lambda file: file.write(page.encode()))
-        if draw is not None:
-            figure = draw(self.rows)
-            write_atomically(folder / f"{self.name}.png", lambda file: figure.savefig(file, dpi=110))
-        print(f"{folder}/{self.name}.json, .md{', .png' if draw else ''}", file=sys.stderr)
+        return cells
 
     def facts(self) -> dict[str, Any]:
         """What the results depend on, and what they cost."""
@@ -128,9 +139,7 @@ class Run:
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "commit": self.commit,
             "device": _device(),
-            "versions": {
-                name: found for name in ("jax", "jaxlib", "flax", "numpy", "torch") if (found := _version(name))
-            }
+            "versions": {name: found for name in PACKAGES if (found := _version(name))}
             | {"python": platform.python_version()},
             "arguments": {name: value for name, value in plain.items() if isinstance(value, str | int | float | list)},
             "seconds": round(time.perf_counter() - self._start, 1),
@@ -211,7 +220,7 @@ def _commit() -> str:
 def _device() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
+        return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -24,8 +24,11 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("softinv_jax") is None:
-    address = "softinv_jax @ git+https://github.com/{REPOSITORY}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", address], check=True)
+    packages = ["softinv_jax @ git+https://github.com/{REPOSITORY}"]
+    # Where that brings another jax, its half for the GPU or TPU has to come along.
+    halves = {{"jax_cuda13_plugin": "jax[cuda13]", "jax_cuda12_plugin": "jax[cuda12]", "libtpu": "jax[tpu]"}}
+    packages += [package for module, package in halves.items() if importlib.util.find_spec(module)]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
 
 # Shows figures as pictures.
 %matplotlib inline

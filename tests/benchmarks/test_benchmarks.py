@@ -17,6 +17,7 @@ from softinv_jax.client import LeNet, apply_function, initialise, load_photograp
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = (
+    "accelerator",
     "batches",
     "field",
     "class_counts",

@@ -49,6 +49,26 @@ def test_recovery(number_of_classes: int, unknown_scale: bool, thorough: bool) -
     assert not any("f64" in key for key in keys)
 
 
+@pytest.mark.parametrize("thorough", [False, True], ids=["fast", "thorough"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["bias-free", "bias"])
+@in_float64
+def test_many_at_once(has_bias: bool, thorough: bool) -> None:
+    """Under `vmap`, where every branch runs and every loop takes all lanes along."""
+    rng = np.random.default_rng(0)
+    weight, gradients = rng.normal(size=(10, 16)), rng.normal(size=(4, 10, 16))
+    bias = (rng.normal(size=10), rng.normal(size=(4, 10))) if has_bias else (None, None)
+    arrays = [None if one is None else one.astype(np.float32) for one in (weight, gradients, *bias)]
+
+    def recovered(weight: object, gradient: object, bias: object, bias_gradient: object) -> softinv_jax.Recovery:
+        return recovery.recover(softinv_jax.Observation(weight, gradient, bias, bias_gradient), thorough=thorough)
+
+    axes = (None, 0, None, 0 if has_bias else None)
+    program = program_for_tpu(jax.vmap(recovered, in_axes=axes), *arrays)
+    assert "f64" in program
+    assert not FORBIDDEN.findall(program)
+    assert not any("f64" in key for key in sorted_keys(program))
+
+
 @in_float64
 def test_a_sort_of_float64_would_be_seen() -> None:
     program = program_for_tpu(jax.numpy.sort, np.arange(4.0))
