@@ -28,9 +28,14 @@ IN_FLIGHT = 3
 
 
 class Place(NamedTuple):
-    """Where groups are worked on: these devices, or the default one for none."""
+    """Where groups are worked on.
+
+    Attributes:
+      devices: shared out among these; none: on the one device `first`.
+    """
 
     devices: tuple[jax.Device, ...]
+    first: jax.Device
 
     @property
     def shares(self) -> int:
@@ -39,12 +44,6 @@ class Place(NamedTuple):
     @property
     def mesh(self) -> Mesh:
         return Mesh(np.array(self.devices), ("examples",))
-
-    @property
-    def first(self) -> jax.Device:
-        if self.devices:
-            return self.devices[0]
-        return next(iter(jax.device_put(np.zeros(0, np.float32)).devices()))
 
     @property
     def is_cpu(self) -> bool:
@@ -65,8 +64,8 @@ class Place(NamedTuple):
         return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec("examples")))
 
 
-def place_on(devices: Sequence[jax.Device] | None) -> Place:
-    """The place of these devices.
+def place_on(devices: Sequence[jax.Device] | None, gradient: Any) -> Place:
+    """These devices; or those that hold the gradient; or, for a NumPy array, the default one.
 
     Raises:
       ValueError: naming devices of another process.
@@ -77,7 +76,11 @@ def place_on(devices: Sequence[jax.Device] | None) -> Place:
             f"devices {', '.join(foreign)} belong to another process; give some of jax.local_devices(), and share the"
             " examples between processes with softinv_jax.streaming.recover_stream"
         )
-    return Place(tuple(devices or ()))
+    if devices:
+        return Place(tuple(devices), devices[0])
+    held = gradient if isinstance(gradient, jax.Array) else jax.device_put(np.zeros(0, np.float32))
+    own = sorted(held.devices(), key=lambda device: device.id)
+    return Place(tuple(own) if len(own) > 1 else (), own[0])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -85,7 +88,11 @@ def for_each(stage: Callable, options: Any, place: Place, shared: Any, each: Any
     """stage(options, shared, one) of every one along the leading axis of `each`."""
 
     def share(shared: Any, each: Any) -> Any:
-        return jax.vmap(partial(stage, options, shared))(each)
+        one = partial(stage, options, shared)
+        if jax.tree.leaves(each)[0].shape[0] == 1:
+            # XLA multiplies a matrix faster than a batch of one matrix.
+            return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], each)))
+        return jax.vmap(one)(each)
 
     if place.devices:
         # Examples know nothing of each other: every device runs the whole program on its share of them.

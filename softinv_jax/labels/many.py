@@ -72,10 +72,10 @@ def recover_many(
     # Only the thorough search tries other losses, and fewer than three classes have no triples to be fast with.
     thorough = thorough or loss not in ("auto", "cross_entropy") or given.weight.shape[0] < 3
     stages = recovery.stages_for(given, method, unknown_scale, label_format, thorough, loss, approximate=approximate)
-    place = place_on(devices)
+    place = place_on(devices, gradient)
     # The search computes in float64 anyway: converted here, W is converted once and not once a chunk.
     seen = replace(given, weight=_as_float64(given.weight))
-    if isinstance(gradient, jax.Array) and all(device.platform == "cpu" for device in gradient.devices()):
+    if isinstance(gradient, jax.Array) and place.is_cpu:
         # A view, of which chunks are taken without copying.
         seen = replace(seen, weight_gradient=jax.device_get(gradient))
     fetch = (lambda tree: tree) if isinstance(gradient, jax.Array) else jax.device_get
@@ -104,7 +104,9 @@ def recover_one(
         return recovery.complete(observation, recovery.search(recovery.read(observation, stages), stages), stages)
     lifted = jax.tree.map(lambda array: array[None], observation)
     many = replace(lifted, weight=observation.weight.astype(jnp.float64), bias=observation.bias)
-    ((_, found),) = search_thoroughly(many, np.arange(1), stages, place_on(None), lambda done: None)
+    ((_, found),) = search_thoroughly(
+        many, np.arange(1), stages, place_on(None, many.weight_gradient), lambda done: None
+    )
     return _first(observation, found)
 
 

@@ -156,7 +156,11 @@ def _explain(block: _Block, readings: Reading, report: Callable[[int], None]) ->
         report(block.indices.size)
     if not recovery.may_be_independent(stages):
         return outcome
-    unsure = block.everyone if recovery.is_independent(classes, stages) else block.those(_may_be_independent(readings, outcome))
+    unsure = (
+        block.everyone
+        if recovery.is_independent(classes, stages)
+        else block.those(_may_be_independent(readings, outcome))
+    )
     return block.improve(outcome, _or_independent, readings, unsure)
 
 

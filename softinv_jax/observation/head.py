@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from softinv_jax.float64 import in_float64
+
 __all__ = [
     "HEAD_NAMES",
     "Observation",
@@ -178,7 +180,7 @@ def check_finite(name: str, value: jax.Array) -> None:
         )
 
 
-_sum = jax.jit(jnp.sum)
+_sum = in_float64(jax.jit(jnp.sum))
 
 
 def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_of_classes: int | None = None) -> str:

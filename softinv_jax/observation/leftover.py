@@ -168,21 +168,27 @@ def _whitened(error: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
     safe = jnp.where(start > 0, start, 1.0)
     unit = jnp.where((start > 0)[:, None], error / safe[:, None], 0.0).astype(jnp.float32)
 
-    def project(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    square_of_row = jnp.sum(unit**2, axis=1)
+
+    def axis_of(size: jax.Array) -> jax.Array:
         """With `size` in units of the start."""
         axis = jnp.where(start > 0, left / (safe * size), 0.0)
-        axis = (axis / jnp.maximum(jnp.sqrt(jnp.sum(axis**2)), 1e-300)).astype(jnp.float32)
-        divided = unit / size.astype(jnp.float32)[:, None]
-        shared = jnp.matmul(axis, divided, precision=jax.lax.Precision.HIGHEST)
-        return divided - axis[:, None] * shared[None, :], axis
+        return (axis / jnp.maximum(jnp.sqrt(jnp.sum(axis**2)), 1e-300)).astype(jnp.float32)
 
     def adjust(_: int, size: jax.Array) -> jax.Array:
-        divided, axis = project(size)
-        square = jnp.sum(divided**2, axis=1) / max(columns - 1, 1)
+        # Squares of the projected rows, without making the rows.
+        axis, inverse = axis_of(size), (1 / size).astype(jnp.float32)
+        shared = jnp.matmul(axis * inverse, unit, precision=jax.lax.Precision.HIGHEST)
+        crossed = jnp.matmul(unit, shared, precision=jax.lax.Precision.HIGHEST) * inverse
+        square = square_of_row * inverse**2 - 2 * axis * crossed + axis**2 * jnp.sum(shared**2)
+        square = jnp.maximum(square, 0.0) / max(columns - 1, 1)
         change = jnp.clip(jnp.sqrt(square / jnp.maximum(1 - axis**2, 0.05)), 0.25, 4.0)
         return size * jnp.where(start > 0, change, 1.0)
 
-    return project(jax.lax.fori_loop(0, 8, adjust, jnp.ones_like(start)))
+    size = jax.lax.fori_loop(0, 8, adjust, jnp.ones_like(start))
+    axis, divided = axis_of(size), unit / size.astype(jnp.float32)[:, None]
+    shared = jnp.matmul(axis, divided, precision=jax.lax.Precision.HIGHEST)
+    return divided - axis[:, None] * shared[None, :], axis
 
 
 def _rows_alike(whitened: jax.Array, axis: jax.Array, gram: jax.Array | None) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from softinv_jax import Observation, Recovery, Verdict, observe, recover, recover_many
+from softinv_jax.labels.lanes import Place
 
 EXAMPLES, CLASSES, FEATURES = 24, 10, 32
 FAMILIES = ("hard", "smoothing", "mixup", "smoothed_mixup")
@@ -118,6 +119,7 @@ def guarded() -> Iterator[Callable[[], None]]:
     jax.config.update("jax_transfer_guard", "allow")
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("thorough", [False, True], ids=["fast", "thorough"])
 def test_nothing_travels_unasked(on_device: Observation, thorough: bool, guarded: Callable[[], None]) -> None:
     recover_many(on_device, thorough=thorough).feature  # noqa: B018 - compiling moves constants
@@ -132,6 +134,13 @@ def test_the_guard_sees_what_it_should(on_host: Observation, guarded: Callable[[
     guarded()
     with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
         double(on_host.weight)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is treated as an accelerator with little memory."""
+    monkeypatch.setattr(Place, "is_cpu", False)
+    monkeypatch.setattr(Place, "free_bytes", 24 * 2**20)
 
 
 @pytest.fixture
@@ -151,9 +160,19 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_no_more_than_a_flag_an_example_is_fetched(on_device: Observation, found: Recovery, fetched: list[int]) -> None:
-    recover_many(on_device)
-    assert max(fetched, default=0) <= 2 * EXAMPLES  # Padded, perhaps.
+@pytest.mark.usefixtures("accelerator")
+def test_an_accelerator_gives_the_same(on_device: Observation, expected: Recovery) -> None:
+    recovery = recover_many(on_device)
+    np.testing.assert_array_equal(recovery.verdict, expected.verdict)
+    np.testing.assert_allclose(recovery.label, expected.label, atol=1e-6)
+    np.testing.assert_allclose(recovery.feature, expected.feature, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("thorough", [False, True], ids=["fast", "thorough"])
+def test_no_more_than_a_flag_an_example_is_fetched(on_device: Observation, thorough: bool, fetched: list[int]) -> None:
+    recover_many(on_device, thorough=thorough)
+    assert max(fetched) <= 4 * EXAMPLES  # Padded, perhaps.
 
 
 def test_fetching_is_seen(on_device: Observation, fetched: list[int]) -> None:
