@@ -32,7 +32,7 @@ def explain_by_consensus(equation: ScalarEquation, unknowns: Unknowns) -> Explan
     Args:
       equation: the scalar equation. unknowns: static.
     """
-    polished, exhaustive = _polish_best(equation, unknowns, thorough=False)
+    polished, exhaustive = _polish_best(equation, unknowns, FAST_TRIPLES, listed=2)
     return Explanations(distinct(polished, 2), exhaustive, None, jnp.asarray(jnp.inf))
 
 
@@ -45,7 +45,8 @@ def explain_thoroughly(reading: Reading, unknowns: Unknowns, *, noisy: bool | No
         one branch that is needed. None: both.
     """
     equation = reading.equation
-    polished, exhaustive = _polish_best(equation, unknowns, thorough=True)
+    # Likelihood starts from two alone: the best, and the best of those that contradict it.
+    polished, exhaustive = _polish_best(equation, unknowns, THOROUGH_TRIPLES, listed=2 if noisy else LISTED)
     free = jnp.asarray(unknowns.scalar) | jnp.asarray(unknowns.scale)
     factor_variance = jnp.where(free, 0.0, reading.factor_variance)
 
@@ -54,8 +55,7 @@ def explain_thoroughly(reading: Reading, unknowns: Unknowns, *, noisy: bool | No
         return Explanations(distinct(polished, LISTED), exhaustive, no_pull, jnp.asarray(jnp.inf))
 
     def by_likelihood() -> Explanations:
-        # The best, and the best of those that contradict it.
-        two = jax.tree.map(lambda leaf: leaf[::POLISHED][:2], polished)
+        two = polished if noisy else jax.tree.map(lambda leaf: leaf[::POLISHED][:2], polished)
         return explain_by_likelihood(equation, reading.direction_noise, factor_variance, two, unknowns)
 
     if noisy is None:
@@ -63,14 +63,19 @@ def explain_thoroughly(reading: Reading, unknowns: Unknowns, *, noisy: bool | No
     return by_likelihood() if noisy else by_consensus()
 
 
-def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool) -> tuple[Consensus, jax.Array]:
+def _polish_best(
+    equation: ScalarEquation, unknowns: Unknowns, triples: int, *, listed: int
+) -> tuple[Consensus, jax.Array]:
     """Solve the triples of the plan, and polish the scalars that the most classes support.
+
+    Args:
+      listed: static; 2 for the best and the best of those that contradict it, more for several of each.
 
     Returns:
       `Consensus` with a leading axis, the best score first, then the best of those that contradict it; and () bool,
       whether no other explanation can exist.
     """
-    plan = plan_triples(equation.direction.size, THOROUGH_TRIPLES if thorough else FAST_TRIPLES)
+    plan = plan_triples(equation.direction.size, triples)
     hypotheses, score = _assess(equation, plan.triples, unknowns)
 
     def polish(index: jax.Array) -> Consensus:
@@ -86,7 +91,7 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
     elsewhere = _apart(values, deviations, first)
     # The best few, and the best few of those that contradict the very best.
     contradicting = jnp.where(elsewhere, score, -jnp.inf)
-    if thorough:
+    if listed > 2:
         # Where nearly all of the softmax is one class, a triple with that class in it can score best, each such at a
         # lambda of its own; those that other triples confirm are tried too.
         support = _support(values, deviations, score)
@@ -97,7 +102,7 @@ def _polish_best(equation: ScalarEquation, unknowns: Unknowns, *, thorough: bool
         chosen = jnp.stack([first, argmax(contradicting)])
     polished = jax.vmap(polish)(chosen)
     # Contradicting hypotheses beyond those polished would go unseen.
-    seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if thorough else 1)
+    seen = jnp.sum(elsewhere & (score > 0)) <= (POLISHED if listed > 2 else 1)
     exhaustive = jnp.asarray(plan.exhaustive) & seen
     return polished, exhaustive
 

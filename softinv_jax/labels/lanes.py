@@ -4,6 +4,7 @@ A group is worked on by one compiled program, an example a lane. All groups have
 repeating an example, so that one program serves any number of them.
 """
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,10 +43,6 @@ class Place(NamedTuple):
         return max(len(self.devices), 1)
 
     @property
-    def mesh(self) -> Mesh:
-        return Mesh(np.array(self.devices), ("examples",))
-
-    @property
     def is_cpu(self) -> bool:
         return self.first.platform == "cpu"
 
@@ -61,7 +58,8 @@ class Place(NamedTuple):
         """(N, ...) to the devices, N / count examples each."""
         if not self.devices:
             return values if isinstance(values, jax.Array) else jax.device_put(values)
-        return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec("examples")))
+        mesh = Mesh(np.array(self.devices), ("examples",))
+        return jax.device_put(values, NamedSharding(mesh, PartitionSpec("examples")))
 
 
 def place_on(devices: Sequence[jax.Device] | None, gradient: Any) -> Place:
@@ -83,10 +81,19 @@ def place_on(devices: Sequence[jax.Device] | None, gradient: Any) -> Place:
     return Place(tuple(own) if len(own) > 1 else (), own[0])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def for_each(stage: Callable, options: Any, place: Place, shared: Any, each: Any) -> Any:
-    """stage(options, shared, one) of every one along the leading axis of `each`."""
+    """stage(options, shared, one) of every one along the leading axis of `each`, by one compiled program."""
+    return _compiled(place.first.platform)(stage, options, place.devices, shared, each)
 
+
+@functools.cache
+def _compiled(platform: str) -> Callable:
+    # XLA for GPUs tries out variants of every fused operation: minutes for a search of a thousand of them.
+    options = {"xla_gpu_autotune_level": 0} if platform in ("gpu", "cuda", "rocm") else None
+    return jax.jit(_for_each, static_argnums=(0, 1, 2), compiler_options=options)
+
+
+def _for_each(stage: Callable, options: Any, devices: tuple[jax.Device, ...], shared: Any, each: Any) -> Any:
     def share(shared: Any, each: Any) -> Any:
         one = partial(stage, options, shared)
         if jax.tree.leaves(each)[0].shape[0] == 1:
@@ -94,11 +101,15 @@ def for_each(stage: Callable, options: Any, place: Place, shared: Any, each: Any
             return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], each)))
         return jax.vmap(one)(each)
 
-    if place.devices:
+    if devices:
         # Examples know nothing of each other: every device runs the whole program on its share of them.
         examples, all_alike = PartitionSpec("examples"), PartitionSpec()
         share = jax.shard_map(
-            share, mesh=place.mesh, in_specs=(all_alike, examples), out_specs=examples, check_vma=False
+            share,
+            mesh=Mesh(np.array(devices), ("examples",)),
+            in_specs=(all_alike, examples),
+            out_specs=examples,
+            check_vma=False,
         )
     return share(shared, each)
 

@@ -252,13 +252,7 @@ def _gains(problem: Problem, state: State, choice: Choice, tied: Step) -> jax.Ar
     number_of_classes = problem.own.left.size
     residual = tied.whitened_residual
     score = residual - jnp.mean(residual)
-    # Q = Sigma^-1 less what the parameters explain; of e_t - 1/C its diagonal, its row sums and its sum are needed.
-    by_noise, by_parameters = tied.shared @ tied.inner, tied.whitened_design @ tied.parameter_covariance
-    diagonal = tied.own_precision - jnp.sum(by_noise * tied.shared, axis=1)
-    diagonal = diagonal - jnp.sum(by_parameters * tied.whitened_design, axis=1)
-    rows = tied.own_precision - by_noise @ jnp.sum(tied.shared, axis=0)
-    rows = rows - by_parameters @ jnp.sum(tied.whitened_design, axis=0)
-    information = diagonal - 2 * rows / number_of_classes + jnp.sum(rows) / number_of_classes**2
+    information = _information(tied)
     taken = choice.singled(number_of_classes)
     safe = jnp.where(information > 0, information, 1.0)
     gain = jnp.where(taken | (information <= 0), 0.0, score**2 / safe)
@@ -266,6 +260,27 @@ def _gains(problem: Problem, state: State, choice: Choice, tied: Step) -> jax.Ar
     # Its entry would have to be negative: not a label.
     gain = jnp.where(score < -level * information, 0.0, gain)
     return gain - _singling_price(jax.lax.rsqrt(safe), number_of_classes)
+
+
+def _information(step: Step) -> jax.Array:
+    """(C,) of the data on each class's weight, were it one parameter more."""
+    classes = step.own_precision.size
+    # Q = Sigma^-1 less what the parameters explain; of e_t - 1/C its diagonal, its row sums and its sum are needed.
+    by_noise, by_parameters = step.shared @ step.inner, step.whitened_design @ step.parameter_covariance
+    diagonal = step.own_precision - jnp.sum(by_noise * step.shared, axis=1)
+    diagonal = diagonal - jnp.sum(by_parameters * step.whitened_design, axis=1)
+    rows = step.own_precision - by_noise @ jnp.sum(step.shared, axis=0)
+    rows = rows - by_parameters @ jnp.sum(step.whitened_design, axis=0)
+    return diagonal - 2 * rows / classes + jnp.sum(rows) / classes**2
+
+
+def _unseen_share(choice: Choice, step: Step) -> jax.Array:
+    """(C,) the largest weight of a class that would not have paid its price; zero of those that are singled out."""
+    classes = step.own_precision.size
+    information = _information(step)
+    safe = jnp.where(information > 0, information, 1.0)
+    largest = jnp.sqrt(jnp.maximum(_singling_price(jax.lax.rsqrt(safe), classes), 0.0) / safe)
+    return jnp.where(choice.singled(classes) | (information <= 0), 0.0, jnp.minimum(largest, 1.0))
 
 
 def _singling_price(deviation: jax.Array, number_of_classes: int) -> jax.Array:
@@ -284,12 +299,15 @@ def _describe(problem: Problem, state: State, choice: Choice) -> LikelihoodFit:
     number_of_classes = problem.own.left.size
     final = solve(problem, state, choice)
     inverse = final.parameter_covariance
+    # What is too small to be singled out is not seen, in its own entry and in those that it is taken from.
+    unseen = _unseen_share(choice, final) / TOLERANCE
+    unseen = jnp.where(choice.singled(number_of_classes), jnp.max(unseen), unseen)
     total_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :])) / number_of_classes**2
     return LikelihoodFit(
         scalar=scalar,
         factor=factor,
         label=label_of(weights, choice, number_of_classes),
-        label_deviation=_label_deviation(choice, final, number_of_classes),
+        label_deviation=jnp.maximum(_label_deviation(choice, final, number_of_classes), unseen),
         scalar_deviation=either(problem.unknowns.scalar, jnp.sqrt(inverse[0, 0]), jnp.zeros(())),
         agreeing=~choice.singled(number_of_classes),
         level_deviation=jnp.sqrt(total_variance),

@@ -211,7 +211,10 @@ def _chunk_size(observation: Observation, place: Place) -> int:
         return rounded * place.shares
     samples = max(CHUNK_BYTES // sample_bytes, min(CHUNK_SAMPLES, LARGEST_CHUNK_BYTES // sample_bytes), 1)
     if not place.is_cpu:
-        samples = max(place.free_bytes // 4 // (8 * NUMBERS_A_CLASS * classes + 2 * sample_bytes), 1)
+        # All of what is there already is taken as it is; else each chunk is a copy.
+        whole = isinstance(gradient, jax.Array) and place.free_bytes // 2 >= 8 * NUMBERS_A_CLASS * classes * examples
+        each = 8 * NUMBERS_A_CLASS * classes + 2 * sample_bytes
+        samples = examples if whole else max(place.free_bytes // 4 // each, 1)
     # Even chunks: they overlap by no more than the number of chunks.
     return -(-examples // -(-examples // samples)) * place.shares
 

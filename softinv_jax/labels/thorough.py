@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 NUMBERS_A_CLASS, NUMBERS_AN_ENTRY = 1500, 4
 CACHE_BYTES = 32 * 2**20
 CPU_LANES, ACCELERATOR_LANES = 64, 8192
+FEW = 64
 # The same of what is kept of an example between stages.
 NUMBERS_KEPT = 80
 BLOCK_GROUPS = 16
@@ -64,8 +65,8 @@ def _sizes(observation: Observation, count: int, place: Place) -> tuple[int, int
     held = 8 * classes * (NUMBERS_A_CLASS + NUMBERS_AN_ENTRY * features)
     most, limit = (CACHE_BYTES, CPU_LANES) if place.is_cpu else (place.free_bytes // 3, ACCELERATOR_LANES)
     lanes = 1 << (min(max(most // held, 1), limit).bit_length() - 1)
-    # A single example is common, and waits for nobody.
-    lanes = (1 if count == 1 else lanes) * place.shares
+    # A few are common, after the fast search, and a single one; they do not wait for a large group's sake.
+    lanes = (1 if count == 1 else min(lanes, FEW) if count <= 4 * FEW else lanes) * place.shares
     groups = BLOCK_GROUPS
     if not place.is_cpu:
         groups = min(groups, max(place.free_bytes // 8 // (8 * classes * NUMBERS_KEPT * lanes), 1))
@@ -172,6 +173,8 @@ def _search_losses(block: _Block, readings: Reading, attempts: Attempts, report:
     for number in range(attempts.error.size):
         index = jax.device_put(np.int32(number))
         active = block.everyone if kept is None else block.those(_is_unsettled(readings, kept, attempts, index))
+        if not active.size:  # Nor will they be by what comes later.
+            break
         by_likelihood = noisy[active] | (number >= losses)
         for stage, chosen in ((_attempt_exact, active[~by_likelihood]), (_attempt_noisy, active[by_likelihood])):
             for at, outcome in block.each(stage, (attempts, index), lambda _, at: take_rows(readings, at), chosen):
