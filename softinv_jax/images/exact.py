@@ -213,9 +213,11 @@ def _undo_convolution(
         geometry,
     )
     keys = jax.random.split(jax.random.key(0))
+    # Drawn in float32: a float64 would be made from its bits, for which there is nothing on a TPU.
     noise = (
-        jax.random.normal(keys[0], (1, *equations.forward.shape), dtype) * (equations.forward_weight > 0)[None],
-        jax.random.normal(keys[1], (1, *equations.gradient.shape), dtype),
+        jax.random.normal(keys[0], (1, *equations.forward.shape), jnp.float32).astype(dtype)
+        * (equations.forward_weight > 0)[None],
+        jax.random.normal(keys[1], (1, *equations.gradient.shape), jnp.float32).astype(dtype),
     )
     solution = solve(equations, jnp.full((examples, *shape), centre, dtype), noise, geometry)
     # One draw of the noise shows each entry's deviation but roughly: half of it, and half its channel's mean.
