@@ -184,9 +184,8 @@ def _matched(victims: Sequence[Victim], mode: str, steps: int, restarts: int) ->
     counts = [len(victim.images) for victim in victims]
     starts = np.cumsum(counts) - counts
     told = np.concatenate([victim.told + start for victim, start in zip(victims, starts, strict=True)])
-    own, true = (np.concatenate([np.asarray(part) for part in parts]) for parts in (
-        [victim.recovered.label for victim in victims], [victim.labels for victim in victims]
-    ))  # fmt: skip
+    own = np.concatenate([np.asarray(victim.recovered.label) for victim in victims])
+    true = np.concatenate([np.asarray(victim.labels) for victim in victims])
     images = np.full((sum(counts), *first.images.shape[1:]), np.nan, np.float32)
     needs_label = mode not in ("true", "hard", "joint", "DLG")
     rows = told if needs_label else np.arange(len(images))
@@ -195,6 +194,7 @@ def _matched(victims: Sequence[Victim], mode: str, steps: int, restarts: int) ->
     # Always as many, for one program: in place of what was not told the first that was, whose second copy is not used.
     filled = np.full(len(images), rows[0])
     filled[rows] = rows
+    owner = np.repeat(np.arange(len(victims)), counts)[filled]
     hard = np.eye(true.shape[1], dtype=np.float32)[np.argmax(true, axis=1)]
     labels = {"true": true, "hard": hard, "joint": None, "DLG": None}.get(mode, own[filled])
     options: dict[str, Any] = {} if labels is None else {"labels": labels}
@@ -206,9 +206,7 @@ def _matched(victims: Sequence[Victim], mode: str, steps: int, restarts: int) ->
         options |= {"features_fn": features_function(first.network), "features": features}
     found = match_gradients(
         apply_function(first.network),
-        jax.tree.map(
-            lambda *leaves: jnp.repeat(jnp.stack(leaves), np.array(counts), axis=0), *(v.parameters for v in victims)
-        ),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves)[owner], *(victim.parameters for victim in victims)),
         jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[filled], *(victim.gradients for victim in victims)),
         images.shape[1:],
         jax.random.key(2),

@@ -10,7 +10,7 @@ gradients drops out, and the client's own rounding of softmax(z) - y with it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from softinv_jax.images.layer_chain import (
     chain_inputs,
     layer_parameters,
 )
-from softinv_jax.images.layer_equations import LayerSolution, equations_of, solve_layer
+from softinv_jax.images.layer_equations import equations_of, solve_layer
 from softinv_jax.images.layer_operator import Geometry, sum_patches
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
@@ -78,12 +78,11 @@ def invert_chain(
     *,
     unit_roundoff: float,
     steps: int = STEPS,
-    together: bool = False,
 ) -> ChainInversion:
     """Invert one gradient; pure, to be traced in float64.
 
     Args:
-      chain, image_shape, steps: static. together: static, see `layer_equations.solve_layer`.
+      chain, image_shape, steps: static.
       parameters, gradients: by layer; the gradients those of the mean or sum over B examples, or any multiple of it.
       features: (B, d) the head's inputs, as recovered from its gradient.
       unit_roundoff: of the gradients' dtype.
@@ -105,8 +104,7 @@ def invert_chain(
                 known, evidence = _undo_dense(held["kernel"], gradient, known, unit_roundoff)
             else:
                 centre = _centre(chain[:index])
-                solve = partial(solve_layer, steps=steps, together=together)
-                known, evidence = _undo_convolution(layer, held, gradient, known, shape, centre, unit_roundoff, solve)
+                known, evidence = _undo_convolution(layer, held, gradient, known, shape, centre, unit_roundoff, steps)
             met.append(evidence)
     return ChainInversion(
         known.value,
@@ -190,7 +188,7 @@ def _undo_convolution(
     shape: tuple[int, ...],
     centre: float,
     unit_roundoff: float,
-    solve: Callable[..., LayerSolution],
+    steps: int,
 ) -> tuple[_Known, _Met]:
     dtype = known.value.dtype
     kernel, gradient = held["kernel"].astype(dtype), gradient.astype(dtype)
@@ -219,7 +217,7 @@ def _undo_convolution(
         * (equations.forward_weight > 0)[None],
         jax.random.normal(keys[1], (1, *equations.gradient.shape), jnp.float32).astype(dtype),
     )
-    solution = solve(equations, jnp.full((examples, *shape), centre, dtype), noise, geometry)
+    solution = solve_layer(equations, jnp.full((examples, *shape), centre, dtype), noise, geometry, steps)
     # One draw of the noise shows each entry's deviation but roughly: half of it, and half its channel's mean.
     own = solution.deviation**2
     deviation = jnp.sqrt((own + jnp.mean(own, axis=(1, 2), keepdims=True)) / 2 + unit_roundoff**2)

@@ -19,11 +19,12 @@ from softinv_jax.images.layer_chain import Chain, Convolution, chain_inputs, lay
 
 __all__ = ["Inverted", "group_size", "invert_groups"]
 
-LARGEST_GROUP = 64
+# More save little, and wait for a slower slowest.
+LARGEST_GROUP = 256
 # Of an accelerator's memory, for what one group needs while it is solved.
 GROUP_BYTES = 4 << 30
-# Arrays of the size of all patches that one step of the solver may hold, for the observation and for its noise.
-PATCH_ARRAYS = 8
+# Arrays of the size of all patches that one step of the solver may hold.
+PATCH_ARRAYS = 4
 
 
 class Inverted(NamedTuple):
@@ -55,9 +56,7 @@ def _invert_group(
 
     def one(example: tuple[Mapping[str, Any], jax.Array]) -> tuple[jax.Array, ...]:
         gradient, feature = example
-        found = invert_chain(
-            chain, parameters, gradient, feature, image_shape, unit_roundoff=unit_roundoff, together=together
-        )
+        found = invert_chain(chain, parameters, gradient, feature, image_shape, unit_roundoff=unit_roundoff)
         images = found.images.astype(dtype)
         distance = gradient_distance(chain, parameters, gradient, images, found.logit_gradient.astype(dtype))
         deviation = jnp.sqrt(jnp.mean(found.deviation**2, axis=(1, 2, 3)))
@@ -96,7 +95,7 @@ def invert_groups(
     size: int,
     together: bool,
 ) -> Iterator[tuple[list[int], Inverted]]:
-    """Invert the gradients with the numbers `chosen`, `size` of them at a time; yields the numbers of each group.
+    """Invert the gradients with the numbers `chosen`, at most `size` at a time; yields the numbers of each group.
 
     Args:
       chain, parameters, image_shape: see `inversion.invert`.
@@ -119,6 +118,8 @@ def invert_groups(
             )
             return group, Inverted(*(array[: len(group)] for array in jax.device_get(found)))
 
+    # Few programs, and few places left empty.
+    size = min(size, 1 << (len(chosen) - 1).bit_length()) if len(chosen) else size
     groups = [[int(index) for index in chosen[start : start + size]] for start in range(0, len(chosen), size)]
     workers = min(os.cpu_count() or 1 if size == 1 else 2, max(len(groups), 1))
     with ThreadPoolExecutor(max_workers=workers) as pool:

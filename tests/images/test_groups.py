@@ -69,7 +69,7 @@ def test_groups_are_as_one_by_one(client: Any) -> None:
     np.testing.assert_allclose(together.images, apart.images, atol=1e-6)
     np.testing.assert_allclose(together.deviation, apart.deviation, rtol=0.02)
     np.testing.assert_allclose(together.misfit, apart.misfit, rtol=1e-3)
-    np.testing.assert_allclose(together.residual, apart.residual, rtol=0.2)
+    np.testing.assert_allclose(together.residual, apart.residual, atol=3e-7)
     np.testing.assert_allclose(together.condition, apart.condition, rtol=0.5)
 
 
