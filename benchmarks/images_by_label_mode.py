@@ -342,7 +342,10 @@ def main() -> None:
         run.notes["missing"] = missing
         print(f"no time for: {'; '.join(missing)}; run this again", file=sys.stderr)
     title = f"Tables 3 and 4: images from one gradient each, LeNet, {steps} steps of Adam, restarts: {restarts}"
-    run.finish(title + (f"; {len(missing)} rows are missing" if missing else ""), COLUMNS, draw if run.rows else None)
+    title += f"; {len(missing)} rows are missing" if missing else ""
+    makers = sorted({row["made_by"] for row in run.rows})
+    title += f"; rows made by {' and by '.join(makers)}" if len(makers) > 1 else ""
+    run.finish(title, COLUMNS, draw if run.rows else None)
 
 
 if __name__ == "__main__":
