@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.atomic_file import write_atomically
 from softinv_jax.client import (
     ImageDataset,
     LeNet,
@@ -34,8 +36,12 @@ def load_data(
 ) -> tuple[ImageDataset, ImageDataset, np.ndarray]:
     """Training and test data as `--dataset` and `--data-dir` say; the test images, normalised as the training's.
 
-    A data set that was prepared without its training split gives halves of its test split.
+    A data set that was prepared without its training split gives halves of its test split. `--images-file` takes the
+    test images from there, and from the training data no more than their statistics: those images stand for both.
     """
+    if getattr(arguments, "images_file", None):
+        held = load_images(arguments.images_file)
+        return held, held, np.asarray(held.normalised())
     if arguments.dataset == "photographs":
         size = {} if image_size is None else {"image_size": image_size}
         training, test = load_photographs(split="train", **size), load_photographs(split="test", **size)
@@ -51,6 +57,27 @@ def load_data(
             raise
         training, test = load("test[50%:]", limit=limit), load("test[:50%]", limit=TEST_EXAMPLES)
     return training, test, test.with_statistics_of(training).normalised()
+
+
+def save_images(path: Path, training: ImageDataset, test: ImageDataset) -> None:
+    """Write test images and the training images' statistics to an .npz file for `load_images`."""
+    arrays = {
+        "images": test.images,
+        "classes": test.classes,
+        "class_names": np.array(test.class_names),
+        "name": np.array(test.name),
+        "mean": np.array(training.mean),
+        "std": np.array(training.std),
+    }
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_images(path: Path) -> ImageDataset:
+    """What `save_images` wrote."""
+    with np.load(path, allow_pickle=False) as held:
+        mean, std = (tuple(float(value) for value in held[name]) for name in ("mean", "std"))
+        names = tuple(str(name) for name in held["class_names"])
+        return ImageDataset(held["images"], held["classes"], names, str(held["name"]), mean, std)
 
 
 def networks(arguments: argparse.Namespace, training: Any) -> Iterator[tuple[str, int, LeNet, Any]]:

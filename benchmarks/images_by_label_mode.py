@@ -3,6 +3,8 @@
     python benchmarks/images_by_label_mode.py [--dataset cifar10] [--data-dir DIR] [--networks untrained trained]
                                               [--families smoothing mixup] [--images N] [--restarts R] [--steps S]
                                               [--second-order] [--checkpoints FOLDER] [--seeds 5] [--quick | --full]
+                                              [--time-limit SECONDS] [--fresh] [--images-file FILE]
+                                              [--export-images FILE]
 
 Label modes: `true`, what an oracle would do; `hard`, the class of its largest entry; `joint`, optimised together with
 the image; `recovered`, from `softinv_jax.recover_many`; `joint from recovered`; and DLG (l2, L-BFGS, 300 steps), from
@@ -11,20 +13,32 @@ is the exact inversion, which takes no label, `second order` Levenberg-Marquardt
 Signed Adam, cosine distance, total variation 1e-2 (1e-3 trained). Restarts are chosen by their own loss. An image
 without a recovered label, or one that layer by layer finds none for, is failed: it counts as 0 dB, and is not redrawn.
 
-Each seed is a network with its own weights and images; deviations are over all images. Usual: one image a network and
-format, one restart, 1200 steps; `--full`, the paper's 30 (smoothing) or 45 (mixup) images in all, 10 restarts, 4800
+Each seed is a network with its own weights and images; deviations are over all images. All images and restarts of a
+mode are one program; the seconds are without compiling. Usual: one image a network and format, one restart, 1200 steps;
+`--full`, the paper's 30 (smoothing) or 45 (mixup) images in all, 10 restarts, 4800
 steps. The last column is what the authors state (their rebuttal; format unknown, untrained).
+
+A row is written to images_by_label_mode.rows.json when it is there, and a run with the same options goes on from these;
+with `--time-limit` it stops before a mode for which the time is not likely to do. `--export-images` writes the images
+that untrained networks need to an .npz file, for `--images-file` where there is no TFDS folder.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from clients import load_data
+from clients import load_data, save_images
+from finished_rows import FinishedRows
 from runner import Run, add_data_options, new_figure, option_parser, spread, timed
 from train import add_checkpoint_option, make_recipe, note_checkpoint, trained
 
@@ -44,8 +58,9 @@ from softinv_jax.images.objective import DEEP_LEAKAGE, ApplyFunction, MatchingSe
 from softinv_jax.images.refinement import refine_image
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio, structural_similarity
 
-LABEL_MODES = ("true", "hard", "joint", "recovered", "joint from recovered", "DLG", "DLG from recovered")
-METHODS = ("f", "gf", "layer by layer")
+# What the paper's comparison rests on comes first.
+LABEL_MODES = ("true", "recovered", "joint from recovered", "DLG", "DLG from recovered", "joint", "hard")
+METHODS = ("layer by layer", "f", "gf")
 # PSNR in dB and SSIM.
 STATED = {
     "true": "14.61 / 0.523",
@@ -77,11 +92,7 @@ class Victim:
     @property
     def told(self) -> np.ndarray:
         """Indices of the examples whose label was recovered."""
-        return np.flatnonzero(np.isfinite(self.recovered.label).all(axis=1))
-
-    def chosen(self, rows: np.ndarray) -> Any:
-        """The gradients of some examples."""
-        return jax.tree.map(lambda leaf: leaf[rows], self.gradients)
+        return np.flatnonzero(np.isfinite(np.asarray(self.recovered.label)).all(axis=1))
 
     def quality(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """PSNR in dB and SSIM of each image; 0 where nothing was found."""
@@ -132,55 +143,79 @@ def make_victim(
     return Victim(training, network, parameters, batch.images, batch.labels, gradients, recovered, variation)
 
 
-def attack(victim: Victim, mode: str, steps: int, restarts: int) -> np.ndarray:
-    """Images (N, H, W, channels) by one mode; NaN where it has no answer."""
-    everything, told = np.arange(len(victim.images)), victim.told
-    paper = MatchingSettings(steps=steps, total_variation=victim.total_variation)
-    joint, dlg = replace(paper, optimise_label=True), replace(DEEP_LEAKAGE, steps=min(DEEP_LEAKAGE.steps, steps))
-    labels, features = victim.recovered.label[told], victim.recovered.feature[told]
-    hard = np.eye(victim.labels.shape[1], dtype=np.float32)[np.argmax(victim.labels, axis=1)]
-    modes: dict[str, tuple[MatchingSettings, np.ndarray, dict[str, Any]]] = {
-        "true": (paper, everything, {"labels": victim.labels}),
-        "hard": (paper, everything, {"labels": hard}),
-        "joint": (joint, everything, {}),
-        "recovered": (paper, told, {"labels": labels}),
-        "joint from recovered": (joint, told, {"labels": labels}),
-        "DLG": (dlg, everything, {}),
-        "DLG from recovered": (dlg, told, {"labels": labels}),
-        "f": (replace(paper, method="f"), told, {"labels": labels, "features": features}),
-        "gf": (replace(paper, method="gf"), told, {"labels": labels, "features": features}),
-    }
-    images = np.full(victim.images.shape, np.nan, np.float32)
-    shape = images.shape[1:]
+def attack(victims: Sequence[Victim], mode: str, steps: int, restarts: int) -> np.ndarray:
+    """Images (N, H, W, channels) of all victims by one mode, in their order; NaN where it has no answer."""
     if mode == "layer by layer":
-        images[:] = invert(lenet_chain(), victim.parameters, jax.device_get(victim.gradients), shape).images[:, 0]
-        return images
+        return np.concatenate([_layer_by_layer(victim) for victim in victims])
     if mode == "second order":
-        apply_fn = apply_function(victim.network)
-        for row in told:
-            noise = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(2), row), shape)
-            gradient = jax.tree.map(lambda leaf: leaf[0], victim.chosen(row[None]))
-            images[row] = refine_image(apply_fn, victim.parameters, gradient, noise, victim.recovered.label[row]).image
-        return images
-    settings, rows, options = modes[mode]
+        return np.concatenate([_second_order(victim) for victim in victims])
+    return _matched(victims, mode, steps, restarts)
+
+
+def _layer_by_layer(victim: Victim) -> np.ndarray:
+    shape = victim.images.shape[1:]
+    return invert(lenet_chain(), victim.parameters, victim.gradients, shape).images[:, 0]
+
+
+def _second_order(victim: Victim) -> np.ndarray:
+    apply_fn = apply_function(victim.network)
+    images = np.full(victim.images.shape, np.nan, np.float32)
+    labels = np.asarray(victim.recovered.label)
+    for row in victim.told:
+        noise = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(2), row), images.shape[1:])
+        gradient = jax.tree.map(lambda leaf, row=row: leaf[row], victim.gradients)
+        images[row] = refine_image(apply_fn, victim.parameters, gradient, noise, labels[row]).image
+    return images
+
+
+def _settings(mode: str, steps: int, total_variation: float) -> MatchingSettings:
+    paper = MatchingSettings(steps=steps, total_variation=total_variation)
+    if mode.startswith("DLG"):
+        return replace(DEEP_LEAKAGE, steps=min(DEEP_LEAKAGE.steps, steps))
+    if mode.startswith("joint"):
+        return replace(paper, optimise_label=True)
+    return replace(paper, method=mode) if mode in ("f", "gf") else paper
+
+
+def _matched(victims: Sequence[Victim], mode: str, steps: int, restarts: int) -> np.ndarray:
+    """By gradient matching: one program for all victims, whose examples bring their network along."""
+    first = victims[0]
+    settings = _settings(mode, steps, first.total_variation)
+    counts = [len(victim.images) for victim in victims]
+    starts = np.cumsum(counts) - counts
+    told = np.concatenate([victim.told + start for victim, start in zip(victims, starts, strict=True)])
+    own = np.concatenate([np.asarray(victim.recovered.label) for victim in victims])
+    true = np.concatenate([np.asarray(victim.labels) for victim in victims])
+    images = np.full((sum(counts), *first.images.shape[1:]), np.nan, np.float32)
+    needs_label = mode not in ("true", "hard", "joint", "DLG")
+    rows = told if needs_label else np.arange(len(images))
     if rows.size == 0:
         return images
-    mean, deviation = np.asarray(victim.data.mean), np.asarray(victim.data.std)
+    # Always as many, for one program: in place of what was not told the first that was, whose second copy is not used.
+    filled = np.full(len(images), rows[0])
+    filled[rows] = rows
+    owner = np.repeat(np.arange(len(victims)), counts)[filled]
+    hard = np.eye(true.shape[1], dtype=np.float32)[np.argmax(true, axis=1)]
+    labels = {"true": true, "hard": hard, "joint": None, "DLG": None}.get(mode, own[filled])
+    options: dict[str, Any] = {} if labels is None else {"labels": labels}
     if settings.optimiser != "lbfgs":
+        mean, deviation = np.asarray(first.data.mean), np.asarray(first.data.std)
         options |= {"low": -mean / deviation, "high": (1 - mean) / deviation}
     if settings.matches_feature:
-        options |= {"features_fn": features_function(victim.network)}
+        features = np.concatenate([np.asarray(victim.recovered.feature) for victim in victims])[filled]
+        options |= {"features_fn": features_function(first.network), "features": features}
     found = match_gradients(
-        apply_function(victim.network),
-        victim.parameters,
-        victim.chosen(rows),
-        shape,
+        apply_function(first.network),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves)[owner], *(victim.parameters for victim in victims)),
+        jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[filled], *(victim.gradients for victim in victims)),
+        images.shape[1:],
         jax.random.key(2),
         settings=settings,
         restarts=restarts,
+        own_parameters=True,
         **options,
     )
-    images[rows] = found.image
+    images[rows] = np.asarray(found.image)[rows]
     return images
 
 
@@ -214,8 +249,55 @@ COLUMNS = {
 }
 
 
-def main() -> None:
-    """Command line."""
+def measure(run: Run, victims: Sequence[Victim], mode: str, steps: int, restarts: int) -> dict[str, Any]:
+    """The row of one mode. The truth is used here only."""
+    before = run.compile_seconds
+    images, seconds = timed(lambda: attack(victims, mode, steps, restarts))
+    seconds = max(seconds - (run.compile_seconds - before), 0.0)
+    scores, start = Scores(), 0
+    for victim in victims:
+        own = images[start : start + len(victim.images)]
+        scores.add(victim, own, seconds * len(own) / len(images))
+        start += len(own)
+    return {
+        "mode": mode,
+        "images": len(scores.psnr),
+        "failed": scores.failed,
+        "psnr": scores.psnr,
+        "ssim": scores.ssim,
+        "seconds_per_image": seconds / len(images),
+        # A run may have gone on elsewhere.
+        "made_by": f"{run.commit}, {run.facts()['device']}",
+    }
+
+
+def go_through(run: Run, data: Any, rows: FinishedRows, steps: int, restarts: int) -> list[str]:
+    """Add the rows of all modes to the run; returns what there was no time for."""
+    arguments, missing, longest = run.arguments, [], 0.0
+    modes = arguments.modes + ["second order"] * arguments.second_order
+    for name in arguments.networks:
+        for family in arguments.families:
+            whole = 30 if family == "smoothing" else 45
+            count = arguments.images or run.size(1, 1, -(-whole // arguments.seeds))
+            victims: list[Victim] = []
+            for mode in modes:
+                title = f"{name}, {family}, {mode}"
+                row = rows.get(title)
+                if row is None:
+                    if arguments.time_limit is not None and run.seconds + longest > arguments.time_limit:
+                        missing.append(title)
+                        continue
+                    start = time.perf_counter()
+                    victims = victims or [make_victim(run, data, name, family, count, seed) for seed in run.seeds]
+                    row = {"network": name, "format": family, **measure(run, victims, mode, steps, restarts)}
+                    longest = max(longest, time.perf_counter() - start)
+                    rows.keep(title, row)
+                run.add(**row)
+    return missing
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options."""
     parser = option_parser(__doc__)
     add_data_options(parser)
     add_checkpoint_option(parser)
@@ -228,34 +310,42 @@ def main() -> None:
     parser.add_argument("--restarts", type=int)
     parser.add_argument("--steps", type=int, help="of Adam")
     parser.add_argument("--second-order", action="store_true", help="adds about a minute an image on two cores")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop in time, between two modes")
+    parser.add_argument("--fresh", action="store_true", help="do not go on from the rows that are there")
+    parser.add_argument("--images-file", type=Path, help="images from this .npz file, for untrained networks")
+    parser.add_argument("--export-images", type=Path, metavar="FILE", help="write that file, and no more")
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    parser = make_parser()
     arguments = parser.parse_args()
+    if arguments.images_file and "trained" in arguments.networks:
+        parser.error("--images-file has no training images; add --networks untrained")
     run = Run("images_by_label_mode", arguments)
     steps, restarts = arguments.steps or run.size(10, 1200, 4800), arguments.restarts or run.size(1, 1, 10)
     data = load_data(arguments)
-    modes = arguments.modes + ["second order"] * arguments.second_order
-    for name in arguments.networks:
-        for family in arguments.families:
-            whole = 30 if family == "smoothing" else 45
-            count = arguments.images or run.size(1, 1, -(-whole // arguments.seeds))
-            victims = [make_victim(run, data, name, family, count, seed) for seed in run.seeds]
-            for mode in modes:
-                scores = Scores()
-                for victim in run.track(victims, f"{name}, {family}, {mode}"):
-                    answer = timed(lambda victim=victim, mode=mode: attack(victim, mode, steps, restarts))
-                    scores.add(victim, *answer)
-                run.add(
-                    network=name,
-                    format=family,
-                    mode=mode,
-                    images=len(scores.psnr),
-                    failed=scores.failed,
-                    psnr=scores.psnr,
-                    ssim=scores.ssim,
-                    # The fastest network: the first one compiles.
-                    seconds_per_image=min(scores.seconds_per_image),
-                )
+    if arguments.export_images:
+        save_images(arguments.export_images, *data[:2])
+        return
+    options = {
+        "steps": steps,
+        "restarts": restarts,
+        "images": arguments.images or run.size(1, 1, -1),
+        "seeds": arguments.seeds,
+        "data": [data[1].name, *data[0].mean, len(data[1])],
+    }
+    rows = FinishedRows(arguments.out / "images_by_label_mode.rows.json", options, fresh=arguments.fresh)
+    missing = go_through(run, data, rows, steps, restarts)
+    if missing:
+        run.notes["missing"] = missing
+        print(f"no time for: {'; '.join(missing)}; run this again", file=sys.stderr)
     title = f"Tables 3 and 4: images from one gradient each, LeNet, {steps} steps of Adam, restarts: {restarts}"
-    run.finish(title, COLUMNS, draw)
+    title += f"; {len(missing)} rows are missing" if missing else ""
+    makers = sorted({row["made_by"] for row in run.rows})
+    title += f"; rows made by {' and by '.join(makers)}" if len(makers) > 1 else ""
+    run.finish(title, COLUMNS, draw if run.rows else None)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def compare_labels(run: Run, data: Any, family: str, count: int) -> None:
 def image_methods(victim: Victim, steps: int, dlg_steps: int, seed: int) -> dict[str, Callable[[], np.ndarray]]:
     """Each gives images (N, H, W, channels), NaN where it has none."""
     methods: dict[str, Callable[[], np.ndarray]] = {
-        "exact inversion": lambda: attack(victim, "layer by layer", steps, 1),
-        "matching, recovered label": lambda: attack(victim, "recovered", steps, 1),
+        "exact inversion": lambda: attack([victim], "layer by layer", steps, 1),
+        "matching, recovered label": lambda: attack([victim], "recovered", steps, 1),
     }
     try:
         import published_images as peers  # noqa: PLC0415

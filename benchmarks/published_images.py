@@ -22,15 +22,19 @@ STRIDES = {"conv1": 2, "conv2": 2, "conv3": 1}
 DECAY_AT = (3 / 8, 5 / 8, 7 / 8)
 
 
-def torch_arrays(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A flax LeNet's parameters or gradients as PyTorch lays them out: (out, in, height, width) and (C, d)."""
+def torch_arrays(tree: Mapping[str, Any], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
+    """A flax LeNet's parameters or gradients as PyTorch lays them out: (out, in, height, width) and (C, d).
+
+    On `device`, by default CUDA where there is one; the attacks then run where these arrays are.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for layer, arrays in tree.items():
         for name, array in arrays.items():
             value = np.asarray(array)
             if name == "kernel":
                 value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-            found[f"{layer}/{name}"] = torch.from_numpy(np.array(value, order="C"))
+            found[f"{layer}/{name}"] = torch.as_tensor(np.array(value, order="C"), device=device)
     return found
 
 
@@ -61,8 +65,9 @@ def deep_leakage(
     steps: int = 300,
 ) -> np.ndarray:
     """DLG: image and label from noise, squared distance of gradients, L-BFGS; the image (H, W, channels) at the end."""
-    image = torch.randn(shape, requires_grad=True)
-    logits = torch.randn((1, classes), requires_grad=True)
+    device = observed[0].device
+    image = torch.randn(shape, device=device, requires_grad=True)
+    logits = torch.randn((1, classes), device=device, requires_grad=True)
     optimiser = torch.optim.LBFGS([image, logits], lr=1.0)
 
     def closure() -> torch.Tensor:
@@ -74,7 +79,7 @@ def deep_leakage(
 
     for _ in range(steps):
         optimiser.step(closure)
-    return image.detach()[0].permute(1, 2, 0).numpy()
+    return image.detach()[0].permute(1, 2, 0).cpu().numpy()
 
 
 def inverting_gradients(
@@ -92,9 +97,10 @@ def inverting_gradients(
 
     Label (C,); low and high (channels,). Returns the image (H, W, channels) of the lowest loss.
     """
-    image = torch.randn(shape, requires_grad=True)
-    target = torch.from_numpy(np.asarray(label, np.float32))[None]
-    box = [torch.from_numpy(np.asarray(end, np.float32)).reshape(1, -1, 1, 1) for end in (low, high)]
+    device = observed[0].device
+    image = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.as_tensor(np.asarray(label, np.float32), device=device)[None]
+    box = [torch.as_tensor(np.asarray(end, np.float32), device=device).reshape(1, -1, 1, 1) for end in (low, high)]
     optimiser = torch.optim.Adam([image], lr=0.1)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [int(share * steps) for share in DECAY_AT], gamma=0.1)
     norm = torch.sqrt(torch.stack([(part**2).sum() for part in observed]).sum())
@@ -115,4 +121,4 @@ def inverting_gradients(
         schedule.step()
         with torch.no_grad():
             image.copy_(torch.minimum(torch.maximum(image, box[0]), box[1]))
-    return best[0].permute(1, 2, 0).numpy()
+    return best[0].permute(1, 2, 0).cpu().numpy()

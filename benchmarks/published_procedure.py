@@ -90,14 +90,16 @@ def recover_published(
     excluded: int,
     settings: PublishedSettings = SMOOTHING_SETTINGS,
     swarm: bool = True,
+    device: str | torch.device | None = None,
 ) -> PublishedRecovery:
-    """Recover one label from ``weight`` and ``weight_gradient``, both (C, d), in float32 on the CPU.
+    """Recover one label from ``weight`` and ``weight_gradient``, both (C, d), in float32.
 
     ``excluded`` entries of the label are free: 1 for hard or smoothed labels, 2 for mixup. ``swarm=False``
-    omits the fallback, which draws from numpy's global generator, the only one scikit-opt uses.
+    omits the fallback, which draws from numpy's global generator, the only one scikit-opt uses. It runs on
+    ``device``, by default CUDA where there is one.
     """
-    W = torch.from_numpy(np.array(weight, dtype=np.float32))
-    G = torch.from_numpy(np.array(weight_gradient, dtype=np.float32))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    W, G = (torch.as_tensor(np.array(array, dtype=np.float32), device=device) for array in (weight, weight_gradient))
     if excluded not in (1, 2) or W.ndim != 2 or W.shape != G.shape:
         raise ValueError(f"excluded must be 1 or 2, both arrays (C, d): {excluded}, {W.shape}, {G.shape}")
     if not G.any():
@@ -115,19 +117,19 @@ def recover_published(
         return LOSS_SCALE * constant.var(unbiased=False)
 
     def result(scalar: float, stage: Stage) -> PublishedRecovery:
-        at = torch.tensor(scalar)
-        label, feature = label_at(at).numpy(), (at * direction).numpy()
+        at = torch.tensor(scalar, device=device)
+        label, feature = label_at(at).cpu().numpy(), (at * direction).cpu().numpy()
         return PublishedRecovery(label, feature, scalar, loss_at(at).item(), stage)
 
     trials = []
     stages: dict[Stage, float] = {"lbfgs+": 1.0, "lbfgs-": -1.0}
     for stage, sign in stages.items():
-        scalar, accepted = _descend(loss_at, sign, settings)
+        scalar, accepted = _descend(loss_at, sign, settings, device)
         if accepted:
             return result(scalar, stage)
         trials.append(scalar)
     for low, high in _windows(settings) if swarm else ():
-        scalar, accepted = _swarm(loss_at, low, high, settings)
+        scalar, accepted = _swarm(loss_at, low, high, settings, device)
         if accepted:
             return result(scalar, "pso")
         trials.append(scalar)
@@ -135,9 +137,9 @@ def recover_published(
     return min(failures, key=lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
 
 
-def _descend(loss_at: Loss, sign: float, settings: PublishedSettings) -> tuple[float, bool]:
+def _descend(loss_at: Loss, sign: float, settings: PublishedSettings, device: torch.device) -> tuple[float, bool]:
     """L-BFGS from ``sign * start`` with the plateau rule: the last scalar and whether it is accepted."""
-    scalar = torch.tensor(sign * settings.start, requires_grad=True)
+    scalar = torch.tensor(sign * settings.start, device=device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scalar], lr=settings.learning_rate)
 
     def closure() -> torch.Tensor:
@@ -170,11 +172,13 @@ def _windows(settings: PublishedSettings) -> Iterator[tuple[float, float]]:
         inner = outer
 
 
-def _swarm(loss_at: Loss, low: float, high: float, settings: PublishedSettings) -> tuple[float, bool]:
+def _swarm(
+    loss_at: Loss, low: float, high: float, settings: PublishedSettings, device: torch.device
+) -> tuple[float, bool]:
     """One particle swarm over [low, high]: its best scalar and whether it is accepted."""
 
     def objective(position: np.ndarray) -> float:  # (1,), one particle
-        return loss_at(torch.tensor(position[0].item())).item()
+        return loss_at(torch.tensor(position[0].item(), device=device)).item()
 
     best, loss = PSO(objective, 1, settings.swarm_size, settings.swarm_iterations, lb=[low], ub=[high]).run()
     return np.ravel(best)[0].item(), np.min(loss).item() < settings.loss_threshold

@@ -72,6 +72,16 @@ class Run:
             self._compiling += seconds
 
     @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self._start
+
+    @property
+    def compile_seconds(self) -> float:
+        """Spent on tracing and compiling so far."""
+        return self._compiling
+
+    @property
     def seeds(self) -> range:
         return range(self.arguments.seeds)
 
@@ -142,7 +152,7 @@ class Run:
             "versions": {name: found for name in PACKAGES if (found := _version(name))}
             | {"python": platform.python_version()},
             "arguments": {name: value for name, value in plain.items() if isinstance(value, str | int | float | list)},
-            "seconds": round(time.perf_counter() - self._start, 1),
+            "seconds": round(self.seconds, 1),
             "compile_seconds": round(self._compiling, 1),
             **self.notes,
         }

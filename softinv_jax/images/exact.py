@@ -28,7 +28,8 @@ from softinv_jax.images.layer_chain import (
     chain_inputs,
     layer_parameters,
 )
-from softinv_jax.images.layer_equations import Geometry, equations_of, solve_layer, sum_patches
+from softinv_jax.images.layer_equations import equations_of, solve_layer
+from softinv_jax.images.layer_operator import Geometry, sum_patches
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
 __all__ = ["ChainInversion", "gradient_distance", "invert_chain"]
@@ -210,9 +211,11 @@ def _undo_convolution(
         geometry,
     )
     keys = jax.random.split(jax.random.key(0))
+    # Drawn in float32: a float64 would be made from its bits, for which there is nothing on a TPU.
     noise = (
-        jax.random.normal(keys[0], (1, *equations.forward.shape), dtype) * (equations.forward_weight > 0)[None],
-        jax.random.normal(keys[1], (1, *equations.gradient.shape), dtype),
+        jax.random.normal(keys[0], (1, *equations.forward.shape), jnp.float32).astype(dtype)
+        * (equations.forward_weight > 0)[None],
+        jax.random.normal(keys[1], (1, *equations.gradient.shape), jnp.float32).astype(dtype),
     )
     solution = solve_layer(equations, jnp.full((examples, *shape), centre, dtype), noise, geometry, steps)
     # One draw of the noise shows each entry's deviation but roughly: half of it, and half its channel's mean.

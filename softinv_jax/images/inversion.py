@@ -1,9 +1,6 @@
 """From a model's parameters and the gradients clients sent to their images, each with a verdict."""
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +9,7 @@ import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.images.determinacy import count_equations
-from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_chain
+from softinv_jax.images.groups import group_size, invert_groups
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
@@ -70,35 +67,39 @@ def invert(
             raise ValueError(f"heads hold {len(labels)} recoveries of single examples for {total} gradients")
     report = progress or (lambda done, total: None)
     names = tuple(count.layer for count in counts)
-    found = label_verdict >= Verdict.AMBIGUOUS
-    complete = np.all(found, axis=1)
+    complete = np.all(label_verdict >= Verdict.AMBIGUOUS, axis=1)
     images = np.full((total, batch_size, *image_shape), np.nan, np.float32)
     verdict = np.full((total, batch_size), ImageVerdict.NOT_FOUND, np.int32)
     residual, expected = np.full(total, np.nan), np.full((total, batch_size), np.nan)
     condition, misfit = np.full((total, len(names)), np.nan), np.full((total, len(names)), np.nan)
     determined = all(count.determined for count in counts)
-    with jax.enable_x64(True):  # Copied once, not once an image.
-        parameters = jax.tree.map(jnp.asarray, parameters)
-
-    def one(index: int) -> tuple[ChainInversion, float]:
-        return _invert_one(chain, parameters, _pick(gradients, index), features[index], image_shape)
-
-    chosen = [int(index) for index in np.flatnonzero(complete)]
-    # Each inversion is a chain of small products that keeps one core busy.
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, max(len(chosen), 1))) as pool:
-        for done, (index, (inversion, distance)) in enumerate(zip(chosen, pool.map(one, chosen), strict=True)):
-            images[index], residual[index] = inversion.images, distance
-            condition[index], misfit[index] = inversion.condition, inversion.misfit
-            # Where the equations fit worse than their deviations say, these are too small.
-            excess = max(1.0, float(np.max(inversion.misfit, initial=0.0)))
-            error = excess * np.sqrt(np.mean(np.asarray(inversion.deviation) ** 2, axis=(1, 2, 3)))
-            expected[index] = error
-            roundoff = np.finfo(_dtype(gradients, chain)).eps
+    roundoff = float(np.finfo(_dtype(gradients, chain)).eps)
+    platform = _platform(gradients)
+    size = group_size(chain, parameters, image_shape, batch_size, platform)
+    groups = invert_groups(
+        chain,
+        parameters,
+        gradients,
+        features,
+        np.flatnonzero(complete).tolist(),
+        image_shape,
+        unit_roundoff=roundoff / 2,
+        size=size,
+        together=platform != "cpu",
+    )
+    done = 0
+    for rows, found in groups:
+        images[rows], residual[rows] = found.images, found.residual
+        condition[rows], misfit[rows] = found.condition, found.misfit
+        # Where the equations fit worse than their deviations say, these are too small.
+        expected[rows] = np.maximum(np.max(found.misfit, axis=1, initial=1.0), 1.0)[:, None] * found.deviation
+        for index in rows:
             verdict[index] = [
-                _judge(determined, distance, one_error, image, roundoff)
-                for one_error, image in zip(error, images[index], strict=True)
+                _judge(determined, residual[index], error, image, roundoff)
+                for error, image in zip(expected[index], images[index], strict=True)
             ]
-            report(done + 1, total)
+        done += len(rows)
+        report(done, total)
     report(total, total)
     return ImageRecovery(images, labels, features, label_verdict, verdict, residual, expected, condition, misfit, names)
 
@@ -112,35 +113,6 @@ def _judge(determined: bool, distance: float, error: float, image: np.ndarray, r
     return ImageVerdict.EXACT if error <= np.ptp(image) / (2 * GRAY_LEVELS) else ImageVerdict.APPROXIMATE
 
 
-def _invert_one(
-    chain: Chain,
-    parameters: Mapping[str, Any],
-    gradients: Mapping[str, Any],
-    features: np.ndarray,
-    image_shape: tuple[int, int, int],
-) -> tuple[ChainInversion, float]:
-    roundoff = float(np.finfo(_dtype(gradients, chain)).eps) / 2
-    with jax.enable_x64(True):
-        gradients = jax.device_put(gradients, may_alias=True)
-        inversion = jax.device_get(
-            _compiled(
-                chain, parameters, gradients, jnp.asarray(features, jnp.float64), image_shape, unit_roundoff=roundoff
-            )
-        )
-        dtype = layer_parameters(parameters, chain[-1].name)["kernel"].dtype  # type: ignore[union-attr]
-        distance = gradient_distance(
-            chain,
-            parameters,
-            gradients,
-            jnp.asarray(inversion.images, dtype),
-            jnp.asarray(inversion.logit_gradient, dtype),
-        )
-        return inversion, float(distance)
-
-
-_compiled = partial(jax.jit, static_argnames=("chain", "image_shape", "unit_roundoff"))(invert_chain)
-
-
 def _kernel_layers(chain: Chain) -> list[str]:
     return [layer.name for layer in chain if isinstance(layer, Convolution | Dense)]
 
@@ -149,8 +121,12 @@ def _dtype(gradients: Mapping[str, Any], chain: Chain) -> np.dtype:
     return np.dtype(layer_parameters(gradients, _kernel_layers(chain)[-1])["kernel"].dtype)
 
 
-def _pick(gradients: Mapping[str, Any], index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], gradients)
+def _platform(gradients: Mapping[str, Any]) -> str:
+    """Of the device that the gradients are on, or will be."""
+    for leaf in jax.tree.leaves(gradients):
+        if isinstance(leaf, jax.Array):
+            return str(next(iter(leaf.devices())).platform)
+    return jax.default_backend()
 
 
 def _check_gradients(chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, Any]) -> int:

@@ -9,16 +9,15 @@ matrix is ever formed. Equations are divided by the standard deviations of their
 that every column of the matrix has length one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax
 
-from softinv_jax.convolution import Padding, extract_patches
+from softinv_jax.images.layer_operator import Geometry, solve_least_squares, sum_patches, take_patches
 
-__all__ = ["ConvolutionEquations", "Geometry", "LayerSolution", "equations_of", "solve_layer", "sum_patches"]
+__all__ = ["ConvolutionEquations", "LayerSolution", "equations_of", "solve_layer"]
 
 # The solver stops where what is left to correct is this far below what the noise adds.
 BELOW_NOISE = 1e-3
@@ -61,28 +60,6 @@ class LayerSolution(NamedTuple):
     converged: jax.Array
 
 
-class Geometry(NamedTuple):
-    """Static: how a kernel meets its input."""
-
-    input_shape: tuple[int, int, int]
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int]
-    padding: Padding
-
-
-def _patches(values: jax.Array, geometry: Geometry) -> jax.Array:
-    """(B, H, W, c) -> (B, P, T)."""
-    patches = extract_patches(values, geometry.kernel_size, geometry.strides, geometry.padding)
-    return patches.reshape(patches.shape[0], -1, patches.shape[-1])
-
-
-def sum_patches(patches: jax.Array, geometry: Geometry) -> jax.Array:
-    """(B, P, T) -> (B, H, W, c), the transpose of `_patches`."""
-    like = jax.ShapeDtypeStruct((patches.shape[0], *geometry.input_shape), patches.dtype)
-    (values,) = jax.linear_transpose(lambda image: _patches(image, geometry), like)(patches)
-    return values
-
-
 def equations_of(
     kernel: jax.Array,
     delta: jax.Array,
@@ -120,14 +97,6 @@ def equations_of(
     )
 
 
-def _apply(equations: ConvolutionEquations, unknown: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """The weighted left-hand sides for scaled unknowns."""
-    patches = _patches(unknown * equations.scale, geometry)
-    forward = jnp.matmul(patches, equations.kernel) * equations.forward_weight
-    gradient = jnp.einsum("bpt,bpc->tc", patches, equations.delta) * equations.gradient_weight
-    return forward, gradient
-
-
 def solve_layer(
     equations: ConvolutionEquations,
     centre: jax.Array,
@@ -137,35 +106,36 @@ def solve_layer(
 ) -> LayerSolution:
     """Least squares by LSMR, for the observation and for draws of its noise, which show how far it moves the solution.
 
+    Equations that are not finite cost no step and give NaN: others that are solved together do not wait for them.
+
     Args:
       equations: from `equations_of`.
       centre: (B, H, W, c) what the input is taken to be where nothing is known of it.
       noise: standard normal draws in the form of the weighted right-hand sides, with a leading axis of draws.
       geometry, steps: static; at most so many steps.
     """
-    operator = lineax.FunctionLinearOperator(
-        lambda unknown: _apply(equations, unknown, geometry), jax.eval_shape(lambda: equations.scale)
-    )
-    size = equations.scale.size
-    # With columns of length one the solution's own noise is A^T e, of length sqrt(size): stop far below it.
-    solver = lineax.LSMR(rtol=0.0, atol=BELOW_NOISE * size**0.5, max_steps=steps, conlim=1e15)
+    sane = jnp.all(jnp.stack([jnp.all(jnp.isfinite(getattr(equations, part.name))) for part in fields(equations)]))
+    equations = jax.tree.map(lambda array: jnp.where(sane, array, 0.0), equations)
+    # With columns of length one the solution's own noise is A^T e, of length sqrt(size): stop far below it. For the
+    # draws too: where they stop at a hundredth, the deviations come out two to three times too small.
+    tolerance = BELOW_NOISE * equations.scale.size**0.5
 
     def solve(right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-        solution = lineax.linear_solve(operator, right, solver, throw=False)
-        stats = {name: solution.stats[name] for name in ("norm_r", "cond_A", "num_steps")}
-        return solution.value, stats, solution.result == lineax.RESULTS.successful
+        return solve_least_squares(equations, right, tolerance, geometry, steps)
 
+    patches = take_patches(centre, geometry)
     unweighted = (
-        jnp.matmul(_patches(centre, geometry), equations.kernel),
-        jnp.einsum("bpt,bpc->tc", _patches(centre, geometry), equations.delta),
+        jnp.matmul(patches, equations.kernel),
+        jnp.einsum("bpt,bpc->tc", patches, equations.delta),
     )
     observed = (
         (equations.forward - unweighted[0]) * equations.forward_weight,
         (equations.gradient - unweighted[1]) * equations.gradient_weight,
     )
-    # One after the other: batched, the products are slower on a CPU, and all wait for the slowest.
-    rights = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), observed, noise)
+    rights = jax.tree.map(lambda one, more: jnp.where(sane, jnp.concatenate([one[None], more]), 0.0), observed, noise)
+    # One after the other: the draws take a third of the steps, and need not go through those of the observation.
     values, stats, converged = jax.lax.map(solve, rights)
+    values = jnp.where(sane, values, jnp.nan)
     draws = values[1:]
     count = jnp.sum(equations.forward_weight > 0) + equations.gradient_weight.size
     freedom = jnp.maximum(count - jnp.sum(equations.scale > 0), 1)
@@ -174,7 +144,7 @@ def solve_layer(
         value=centre + equations.scale * values[0],
         deviation=equations.scale * jnp.sqrt(jnp.mean(draws**2, axis=0)),
         condition=stats["cond_A"][0],
-        misfit=residual / jnp.sqrt(freedom),
+        misfit=jnp.where(sane, residual / jnp.sqrt(freedom), jnp.nan),
         steps=jnp.asarray(stats["num_steps"][0], jnp.int32),
         converged=converged[0],
     )

@@ -64,7 +64,12 @@ class _Problem(NamedTuple):
     settings: MatchingSettings
     kept: tuple[bool, ...]
     image_shape: tuple[int, ...]
-    draws_label: bool
+    own_parameters: bool
+
+    @property
+    def examples(self) -> tuple[Any, Target, int | None]:
+        """Axes of examples: of descents, targets and parameters."""
+        return 0, _EXAMPLES, 0 if self.own_parameters else None
 
     def objective(self, target: Target, parameters: Any) -> Callable[[Guess], jax.Array]:
         return lambda guess: objective(
@@ -135,6 +140,7 @@ def match_gradients(
     restarts: int = 1,
     low: ArrayLike = -np.inf,
     high: ArrayLike = np.inf,
+    own_parameters: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Matching:
     """Match N observed gradients at once, each by itself; memory grows with N times `restarts`.
@@ -149,6 +155,7 @@ def match_gradients(
       restarts: R, optimisations of each gradient; the one with the smallest loss is returned.
       low, high: () or (channels,), box of allowed pixel values: (0 - mean) / deviation and (1 - mean) / deviation
         for images in [0, 1] that were normalised. The whole real line if not given.
+      own_parameters: the gradients are of N different models: every leaf of `parameters` has a leading axis N too.
       progress: called with (steps done, steps in all) between chunks of steps.
 
     Returns:
@@ -157,18 +164,22 @@ def match_gradients(
     Raises:
       ValueError: gradients that do not fit the parameters, shapes that do not fit each other, NaN or infinite
         entries, a gradient of zeros, features missing for methods `f` and `gf`, no label where it is to be held
-        fixed, or an empty box.
+        fixed, an empty box, or parameters that should be N and are not.
     """
     settings = settings or MatchingSettings()
+    first = jax.tree.map(lambda leaf: leaf[0], parameters) if own_parameters else parameters
     target, starts = check_matching_input(
-        apply_fn, parameters, gradients, tuple(image_shape), labels, features, starts, features_fn, settings, low, high
+        apply_fn, first, gradients, tuple(image_shape), labels, features, starts, features_fn, settings, low, high
     )
+    examples = target.label.shape[0]
+    if own_parameters and any(np.shape(leaf)[0] != examples for leaf in jax.tree.leaves(parameters)):
+        raise ValueError(f"own_parameters=True, but not every array of the parameters has a leading axis of {examples}")
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"restarts must be a positive integer, not {restarts!r}")
-    kept = kept_leaves(parameters, settings.method, head)
-    problem = _Problem(apply_fn, features_fn, settings, kept, tuple(image_shape), labels is None)
-    keys = jax.random.split(key, (target.label.shape[0], restarts))
-    descents = _start(keys, target, starts, problem)
+    kept = kept_leaves(first, settings.method, head)
+    problem = _Problem(apply_fn, features_fn, settings, kept, tuple(image_shape), own_parameters)
+    keys = jax.random.split(key, (examples, restarts))
+    descents = _start(keys, target, starts, problem, draws_label=labels is None)
     traces, done = [], 0
     while done < settings.steps:
         count = min(CHUNK, settings.steps - done)
@@ -186,8 +197,10 @@ def match_gradients(
 _EXAMPLES: Any = Target(gradient=0, label=0, feature=0, low=None, high=None)  # type: ignore[arg-type]
 
 
-@partial(jax.jit, static_argnames="problem")
-def _start(keys: jax.Array, target: Target, starts: jax.Array | None, problem: _Problem) -> Descent:
+@partial(jax.jit, static_argnames=("problem", "draws_label"))
+def _start(
+    keys: jax.Array, target: Target, starts: jax.Array | None, problem: _Problem, *, draws_label: bool
+) -> Descent:
     optimiser = make_optimiser(problem.settings)
 
     def one(key: jax.Array, is_first: jax.Array, target: Target, start: jax.Array | None) -> Descent:
@@ -198,7 +211,7 @@ def _start(keys: jax.Array, target: Target, starts: jax.Array | None, problem: _
         box_shape = (1,) * (image.ndim - 1) + (-1,)
         image = jnp.clip(image, target.low.reshape(box_shape), target.high.reshape(box_shape))
         logits = None
-        if problem.draws_label:
+        if draws_label:
             logits = jax.random.normal(key_label, target.label.shape, image.dtype)
         elif problem.settings.optimise_label:
             logits = jnp.log(jnp.maximum(target.label, SMALLEST_START))
@@ -216,7 +229,7 @@ def _advance(
     """`count` <= CHUNK steps of all; losses (N, R, CHUNK)."""
     optimiser = make_optimiser(problem.settings)
 
-    def one(descent: Descent, target: Target) -> tuple[Descent, jax.Array]:
+    def one(descent: Descent, target: Target, parameters: Any) -> tuple[Descent, jax.Array]:
         loss_of = problem.objective(target, parameters)
 
         def step(index: jax.Array, state: tuple[Descent, jax.Array]) -> tuple[Descent, jax.Array]:
@@ -227,17 +240,18 @@ def _advance(
         losses = jnp.full((CHUNK,), jnp.nan, descent.best_loss.dtype)
         return jax.lax.fori_loop(0, count, step, (descent, losses))
 
-    return jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(0, _EXAMPLES))(descents, target)
+    over_restarts = jax.vmap(one, in_axes=(0, None, None))
+    return jax.vmap(over_restarts, in_axes=problem.examples)(descents, target, parameters)
 
 
 @partial(jax.jit, static_argnames="problem")
 def _finish(descents: Descent, target: Target, parameters: Any, problem: _Problem) -> Matching:
-    def one(descent: Descent, target: Target) -> tuple[Guess, jax.Array]:
+    def one(descent: Descent, target: Target, parameters: Any) -> tuple[Guess, jax.Array]:
         # The guess after the last step has not been evaluated yet.
         return best_guess(descent, problem.objective(target, parameters)(descent.guess))
 
-    def choose(descents: Descent, target: Target) -> Matching:
-        guesses, losses = jax.vmap(one, in_axes=(0, None))(descents, target)
+    def choose(descents: Descent, target: Target, parameters: Any) -> Matching:
+        guesses, losses = jax.vmap(one, in_axes=(0, None, None))(descents, target, parameters)
         restart = jnp.argmin(losses).astype(jnp.int32)
         best = jax.tree.map(lambda leaf: leaf[restart], guesses)
         label = guessed_label(best, target)
@@ -246,4 +260,4 @@ def _finish(descents: Descent, target: Target, parameters: Any, problem: _Proble
         residual = norm(difference) / norm(target.gradient)
         return Matching(best.image, label, losses[restart], residual, restart, losses, jnp.zeros(()))
 
-    return jax.vmap(choose, in_axes=(0, _EXAMPLES))(descents, target)
+    return jax.vmap(choose, in_axes=problem.examples)(descents, target, parameters)

@@ -154,8 +154,8 @@ def test_the_peers_lenet_has_the_same_gradient() -> None:
     label = np.full((1, 10), 0.03, np.float32)
     label[0, 4] = 0.73
     expected = per_sample_model_gradients(apply_function(network), parameters, images, label)
-    expected = peers.torch_arrays(jax.tree.map(lambda leaf: leaf[0], expected))
-    arrays = peers.torch_arrays(parameters)
+    expected = peers.torch_arrays(jax.tree.map(lambda leaf: leaf[0], expected), "cpu")
+    arrays = peers.torch_arrays(parameters, "cpu")
     image = torch.from_numpy(np.array(images).transpose(0, 3, 1, 2))
     found = peers.gradient(arrays, image, torch.from_numpy(label), differentiable=False)
     for name, value in zip(sorted(arrays), found, strict=True):
@@ -165,7 +165,7 @@ def test_the_peers_lenet_has_the_same_gradient() -> None:
 def test_published_image_attacks_lower_their_loss() -> None:
     torch = pytest.importorskip("torch", reason="the published attacks need the extra peers")
     peers = module("published_images")
-    parameters = peers.torch_arrays(initialise(LeNet(10), jax.random.key(0), (8, 8, 3)))
+    parameters = peers.torch_arrays(initialise(LeNet(10), jax.random.key(0), (8, 8, 3)), "cpu")
     torch.manual_seed(0)
     label = torch.nn.functional.one_hot(torch.tensor([3]), 10).float()
     observed = peers.gradient(parameters, torch.rand(1, 3, 8, 8), label, differentiable=False)
@@ -188,3 +188,88 @@ def test_published_image_attacks_lower_their_loss() -> None:
     assert many.max() <= 1
     assert distance(many) < distance(few) / 2
     assert np.isfinite(peers.deep_leakage(parameters, observed, (1, 3, 8, 8), 10, steps=2)).all()
+
+
+def test_published_attacks_make_all_their_tensors_on_their_device() -> None:
+    """There need not be a second device: every tensor that they make names the one it is for."""
+    torch = pytest.importorskip("torch", reason="the published attacks need the extra peers")
+    pytest.importorskip("sko", reason="the published attacks need the extra peers")
+    images, procedure = module("published_images"), module("published_procedure")
+    makers = {torch.randn, torch.rand, torch.zeros, torch.ones, torch.full, torch.empty, torch.tensor, torch.as_tensor}
+    own = {Path(one.__file__).name for one in (images, procedure)}
+    named: list[str] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            caller = Path(sys._getframe(1).f_code.co_filename).name
+            if function in makers and caller in own:
+                named.append(str(kwargs.get("device")))
+            assert function is not torch.from_numpy or caller not in own
+            return function(*args, **kwargs)
+
+    tree = jax.device_get(initialise(LeNet(10), jax.random.key(0), (8, 8, 3)))
+    rng = np.random.default_rng(0)
+    with Watch():
+        arrays = images.torch_arrays(tree, "cpu")
+        observed = [arrays[name] for name in sorted(arrays)]
+        found = [
+            images.deep_leakage(arrays, observed, (1, 3, 8, 8), 10, steps=1),
+            images.inverting_gradients(
+                arrays, observed, (1, 3, 8, 8), np.full(10, 0.1), np.zeros(3), np.ones(3), steps=2
+            ),
+        ]
+        weight, gradient = rng.normal(size=(2, 5, 4))
+        settings = procedure.PublishedSettings(iterations=4, swarm_size=4, swarm_iterations=1, swarm_bound=7.0)
+        answer = procedure.recover_published(weight, gradient, excluded=1, settings=settings, device="cpu")
+    assert len(named) > 15
+    assert set(named) == {"cpu"}
+    assert all(isinstance(one, np.ndarray) for one in (*found, answer.label, answer.feature))
+
+
+def test_a_long_run_goes_on_from_the_rows_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = module("images_by_label_mode")
+    calls = []
+
+    def attack(victims: Any, mode: str, steps: int, restarts: int) -> np.ndarray:
+        calls.append(mode)
+        assert (len(victims), steps, restarts) == (1, 3, 2)
+        return np.concatenate([np.asarray(victim.images) + 0.1 for victim in victims])
+
+    monkeypatch.setattr(script, "attack", attack)
+
+    def run(*options: str) -> Any:
+        calls.clear()
+        words = ["--quick", "--dataset", "photographs", "--networks", "untrained", "--families", "smoothing"]
+        words += ["--images", "2", "--steps", "3", "--restarts", "2", "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", ["images_by_label_mode.py", *words])
+        script.main()
+        return json.loads((tmp_path / "images_by_label_mode.json").read_text())
+
+    first = run("--modes", "true", "DLG")
+    assert calls == ["true", "DLG"]
+    second = run("--modes", "true", "recovered", "DLG")
+    assert calls == ["recovered"]
+    assert [row["mode"] for row in second["rows"]] == ["true", "recovered", "DLG"]
+    assert second["rows"][0] == first["rows"][0]
+    assert run("--modes", "true", "joint", "--time-limit", "0")["missing"] == ["untrained, smoothing, joint"]
+    assert not calls
+    assert "no time for" in capsys.readouterr().err
+    run("--modes", "true", "--fresh")
+    assert calls == ["true"]
+    run("--modes", "true", "--seeds", "1", "--steps", "3")
+    assert not calls
+
+
+def test_images_of_one_file_stand_for_the_data_set(tmp_path: Path, options: argparse.Namespace) -> None:
+    clients = module("clients")
+    training, test = load_photographs(per_class=2), load_photographs(split="test", per_class=1)
+    clients.save_images(tmp_path / "images.npz", training, test)
+    options.images_file = tmp_path / "images.npz"
+    held, same, normalised = clients.load_data(options)
+    np.testing.assert_array_equal(same.images, test.images)
+    np.testing.assert_array_equal(normalised, test.with_statistics_of(training).normalised())
+    assert held.class_names == training.class_names
+    assert held.number_of_classes == training.number_of_classes

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from softinv_jax.images import layer_equations
-from softinv_jax.images.layer_equations import Geometry, LayerSolution, equations_of, sum_patches
+from softinv_jax.images.layer_equations import LayerSolution, equations_of
+from softinv_jax.images.layer_operator import Geometry, sum_patches
 
 EXAMPLES, CHANNELS = 2, 6
 GEOMETRIES = [

@@ -34,10 +34,12 @@ def client_data() -> Client:
 @pytest.fixture(scope="module", autouse=True)
 def quick_programs() -> Iterator[None]:
     """Programs that take half the time to compile, and only a few steps to run."""
-    options = {"static_argnames": "problem", "compiler_options": {"xla_backend_optimization_level": 0}}
+    static = {"_start": ("problem", "draws_label"), "_advance": "problem", "_finish": "problem"}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_start", "_advance", "_finish"):
-            patch.setattr(matching, name, jax.jit(getattr(matching, name).__wrapped__, **options))
+        for name, names in static.items():
+            function = getattr(matching, name).__wrapped__
+            options = {"xla_backend_optimization_level": 0}
+            patch.setattr(matching, name, jax.jit(function, static_argnames=names, compiler_options=options))
         yield
 
 
@@ -98,6 +100,51 @@ def test_examples_at_once_are_examples_alone(client_data: Client) -> None:
         )
         np.testing.assert_allclose(alone.image, several.image[index], atol=1e-4)
         np.testing.assert_allclose(alone.loss_trace, several.loss_trace[index], rtol=1e-3)
+
+
+def test_examples_may_bring_their_models_along(client_data: Client) -> None:
+    """Two models with a gradient each: as each by itself."""
+    models = [client_data.parameters, jax.tree.map(lambda leaf: 0.9 * leaf, client_data.parameters)]
+    labels, starts = client_data.labels[:2], client_data.images[1:3]
+    gradients = [
+        gradient_of(model, client_data.images[:1], label[None]) for model, label in zip(models, labels, strict=True)
+    ]
+    stack = partial(jax.tree.map, lambda *leaves: np.stack(leaves))
+    settings = replace(QUICK, steps=4)
+    several = match_gradients(
+        apply_fn,
+        stack(*models),
+        stack(*gradients),
+        SHAPE,
+        jax.random.key(0),
+        labels=labels,
+        starts=starts,
+        settings=settings,
+        own_parameters=True,
+    )
+    for index, (model, gradient) in enumerate(zip(models, gradients, strict=True)):
+        alone = match_gradient(
+            apply_fn,
+            model,
+            gradient,
+            SHAPE,
+            jax.random.key(0),
+            label=labels[index],
+            start=starts[index],
+            settings=settings,
+        )
+        np.testing.assert_allclose(several.image[index], alone.image, atol=1e-4)
+        np.testing.assert_allclose(several.gradient_residual[index], alone.gradient_residual, rtol=1e-3)
+    with pytest.raises(ValueError, match="leading axis of 2"):
+        match_gradients(
+            apply_fn,
+            stack(*models, models[0]),
+            stack(*gradients),
+            SHAPE,
+            jax.random.key(0),
+            labels=labels,
+            own_parameters=True,
+        )
 
 
 def test_the_loop_is_its_steps(client_data: Client, quick_jit: Any) -> None:

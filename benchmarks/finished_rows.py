@@ -1,0 +1,46 @@
+"""Rows of a long benchmark, each written down as soon as it is there: a run that was stopped goes on from them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from softinv_jax.atomic_file import write_atomically
+
+__all__ = ["FinishedRows"]
+
+
+class FinishedRows:
+    """A JSON file of rows by name, and the options they were made with; rows of other options are left out.
+
+    Args:
+      path: of the file; its folder is made.
+      options: all that the rows depend on, plain values.
+      fresh: begin anew.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.path, self.options = path, json.loads(json.dumps(options))
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh or not path.exists():
+            return
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["options"] == self.options:
+            self.rows = held["rows"]
+            print(f"{path}: {len(self.rows)} rows are there already (--fresh begins anew)", file=sys.stderr)
+        else:
+            print(f"{path}: rows of other options, which will be overwritten", file=sys.stderr)
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The row of that name, or None."""
+        return self.rows.get(name)
+
+    def keep(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row of plain values, and write all of them."""
+        self.rows[name] = json.loads(json.dumps(row))
+        text = json.dumps({"options": self.options, "rows": self.rows})
+        write_atomically(self.path, lambda file: file.write(text.encode()))
