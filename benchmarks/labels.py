@@ -71,7 +71,9 @@ def best_of_each(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str
 def published_seconds(weight: np.ndarray, gradients: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
     """Seconds per sample of the published procedure over all of them, failures included; None without the peers."""
     try:
-        from published_procedure import MIXUP_SETTINGS, recover_published  # noqa: PLC0415
+        from published_procedure import MIXUP_SETTINGS, check_swarms, recover_published  # noqa: PLC0415
+
+        check_swarms()
     except ImportError as error:
         print(f"published procedure skipped: {error}", file=sys.stderr)
         return None

@@ -47,7 +47,9 @@ def label_methods(weight: np.ndarray, gradients: np.ndarray, family: str) -> dic
         "iDLG": lambda: ours(method="idlg"),
     }
     try:
-        from published_procedure import MIXUP_SETTINGS, SMOOTHING_SETTINGS, recover_published  # noqa: PLC0415
+        from published_procedure import MIXUP_SETTINGS, SMOOTHING_SETTINGS, check_swarms, recover_published  # noqa: PLC0415
+
+        check_swarms()
     except ImportError:
         return methods
 

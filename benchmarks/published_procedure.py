@@ -31,9 +31,8 @@ import numpy as np
 
 try:
     import torch
-    from sko.PSO import PSO
 except ImportError as error:
-    raise ImportError("PyTorch and scikit-opt are missing: pip install 'softinv_jax[peers]'") from error
+    raise ImportError("PyTorch is missing: pip install 'softinv_jax[peers]'") from error
 
 LOSS_SCALE = 1000.0
 PLATEAU_SPREAD = 1e-3  # of the mean of the last three losses
@@ -172,10 +171,20 @@ def _windows(settings: PublishedSettings) -> Iterator[tuple[float, float]]:
         inner = outer
 
 
+def check_swarms() -> None:
+    """Raise ImportError where what the particle swarms need is missing."""
+    try:
+        import sko.PSO  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ImportError("scikit-opt is missing: pip install 'softinv_jax[peers]'") from error
+
+
 def _swarm(
     loss_at: Loss, low: float, high: float, settings: PublishedSettings, device: torch.device
 ) -> tuple[float, bool]:
     """One particle swarm over [low, high]: its best scalar and whether it is accepted."""
+    check_swarms()
+    from sko.PSO import PSO  # noqa: PLC0415 - only swarms need it
 
     def objective(position: np.ndarray) -> float:  # (1,), one particle
         return loss_at(torch.tensor(position[0].item(), device=device)).item()

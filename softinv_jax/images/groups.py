@@ -4,16 +4,17 @@ On a CPU one inversion keeps one core busy, so that a group is one gradient. An 
 small products: there a group goes through all layers together, each solver running until its slowest member is done.
 """
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.compilation import compiler_options
 from softinv_jax.images.exact import gradient_distance, invert_chain
 from softinv_jax.images.layer_chain import Chain, Convolution, chain_inputs, layer_parameters
 
@@ -41,7 +42,12 @@ class Inverted(NamedTuple):
     misfit: np.ndarray
 
 
-@partial(jax.jit, static_argnames=("chain", "image_shape", "unit_roundoff", "together"))
+@functools.cache
+def _compiled(platform: str) -> Callable[..., tuple[jax.Array, ...]]:
+    static = ("chain", "image_shape", "unit_roundoff", "together")
+    return jax.jit(_invert_group, static_argnames=static, compiler_options=compiler_options(platform))
+
+
 def _invert_group(
     chain: Chain,
     parameters: Mapping[str, Any],
@@ -105,6 +111,7 @@ def invert_groups(
     """
     with jax.enable_x64(True):  # Copied once, not once a group.
         parameters = jax.tree.map(jnp.asarray, parameters)
+    platform = next(iter(jax.tree.leaves(parameters)[0].devices())).platform
 
     def one(group: list[int]) -> tuple[list[int], Inverted]:
         # The last group is filled up, for one program: what has NaN for a feature takes no step.
@@ -113,7 +120,7 @@ def invert_groups(
             own = jax.tree.map(lambda leaf: leaf[rows], gradients)
             inputs = features[rows].astype(np.float64)
             inputs[len(group) :] = np.nan
-            found = _invert_group(
+            found = _compiled(platform)(
                 chain, parameters, own, inputs, image_shape, unit_roundoff=unit_roundoff, together=together
             )
             return group, Inverted(*(array[: len(group)] for array in jax.device_get(found)))

@@ -163,12 +163,13 @@ def _check_gradients(chain: Chain, parameters: Mapping[str, Any], gradients: Map
 def _head(chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, Any]) -> Observation:
     name = _kernel_layers(chain)[-1]
     held, given = layer_parameters(parameters, name), layer_parameters(gradients, name)
-    return observe(
-        np.asarray(held["kernel"]).T,
-        np.ascontiguousarray(np.swapaxes(np.asarray(given["kernel"]), 1, 2)),
-        held.get("bias"),
-        given.get("bias"),
-    )
+    gradient = given["kernel"]
+    if isinstance(gradient, jax.Array):  # Which stays on its device.
+        with jax.enable_x64(True):
+            rows = jnp.swapaxes(gradient, 1, 2)
+    else:
+        rows = np.ascontiguousarray(np.swapaxes(np.asarray(gradient), 1, 2))
+    return observe(np.asarray(held["kernel"]).T, rows, held.get("bias"), given.get("bias"))
 
 
 def _recover_heads(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from softinv_jax.compilation import compiler_options
 from softinv_jax.float64 import in_float64
 from softinv_jax.observation.head import Observation
 
@@ -88,9 +89,7 @@ def for_each(stage: Callable, options: Any, place: Place, shared: Any, each: Any
 
 @functools.cache
 def _compiled(platform: str) -> Callable:
-    # XLA for GPUs tries out variants of every fused operation: minutes for a search of a thousand of them.
-    options = {"xla_gpu_autotune_level": 0} if platform in ("gpu", "cuda", "rocm") else None
-    return jax.jit(_for_each, static_argnums=(0, 1, 2), compiler_options=options)
+    return jax.jit(_for_each, static_argnums=(0, 1, 2), compiler_options=compiler_options(platform))
 
 
 def _for_each(stage: Callable, options: Any, devices: tuple[jax.Device, ...], shared: Any, each: Any) -> Any:
