@@ -1,9 +1,10 @@
 """The rounds of `confined_search` for many gradients at once: a few compiled programs, between which the host waits
 for nothing.
 
-`search_round`: starts along rays, solved among what is dual to the examples that are sure already, each with the best
-choice of its classes. `fit_all`: the examples of each gradient polished, each among what is dual to all others, and
-fitted together.
+`search_round`: starts along rays, solved among what is dual to the examples found already, each with the best choice of
+its classes; then all of them polished, each among what is dual to all others. `search_last`: one that is missing.
+`fit_all`: all examples of each gradient fitted together. Whether another choice of classes is about as likely is not
+asked: what does not explain the gradient as a whole is searched for again, one by one.
 """
 
 from functools import partial
@@ -25,25 +26,24 @@ from softinv_jax.batches.component import (
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import JointFit, fit_jointly
 from softinv_jax.batches.lanes import over_gradients
+from softinv_jax.batches.last_example import is_near
 from softinv_jax.batches.rounds import POLISHING
 from softinv_jax.batches.scalar_scan import scan_rays
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.float64 import argmax, argmin, argsort
-from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.linear_algebra import orthonormal_columns
 
-__all__ = ["Found", "fit_all", "nothing_found", "search_round"]
+__all__ = ["Found", "fit_all", "nothing_found", "search_last", "search_round"]
 
 
 class Found(NamedTuple):
-    """Examples of one gradient in B places, or with a leading axis N; those that are sure come first.
+    """Examples of one gradient in B places, or with a leading axis N.
 
-    examples: (B,), or nothing in particular where a place is not filled. is_filled: (B,) bool. is_sure: (B,) bool, whether no other choice of classes is about as likely.
+    examples: (B,), nothing in particular where a place is not filled. is_filled: (B,) bool; those come first.
     """
 
     examples: Component
     is_filled: jax.Array
-    is_sure: jax.Array
 
 
 class _Lanes(NamedTuple):
@@ -64,34 +64,60 @@ def nothing_found(subspaces: BatchSubspace, divisor: Divisor) -> Found:
     weights = np.ones((rank, number_of_classes))
     shapes = jax.eval_shape(solve_components, one, starts, targets, weights, divisor)
     examples = jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape), leaf.dtype), shapes)
-    return Found(examples, *[np.zeros((count, rank), bool)] * 2)
+    return Found(examples, np.zeros((count, rank), bool))
 
 
 def search_round(
-    subspaces: BatchSubspace, before: Found, is_wanted: jax.Array, divisor: Divisor, rows: int
+    subspaces: BatchSubspace, before: Found, is_wanted: jax.Array, divisor: Divisor, rows: int, *, brief: bool
 ) -> Found:
     """Search for what is missing.
 
     Args:
       subspaces: of N gradients of the same rank, with a leading axis.
-      before: what was found of each; what is not sure is searched for again.
+      before: what was found of each.
       is_wanted: (N,) bool; the others only fill places. divisor: D of all of them.
-      rows: how many rays to start along, those of the rows of most leverage.
+      rows: how many rays to start along, those of the rows of most leverage. brief: only with the class that fits worst
+        there as the second one, which is where most are found, also of those that have no second one.
     """
-    lanes = _propose(subspaces, before, is_wanted, divisor, rows)
+    lanes = _propose(subspaces, before, is_wanted, divisor, rows, brief)
     solved = _solve(subspaces, lanes, is_wanted, divisor)
     new, bare = _accept(subspaces, before, solved, lanes.steps > 0, is_wanted)
     choices = _choices(subspaces, new, _solve(subspaces, bare, is_wanted, divisor), bare, is_wanted)
-    return _decide(subspaces, before, new, _solve(subspaces, choices, is_wanted, divisor), is_wanted)
+    found, rough = _decide(subspaces, before, new, _solve(subspaces, choices, is_wanted, divisor), is_wanted)
+    return _polish(subspaces, found, _solve(subspaces, rough, is_wanted, divisor), is_wanted)
 
 
+def search_last(
+    subspaces: BatchSubspace,
+    found: Found,
+    starts: np.ndarray,
+    targets: np.ndarray,
+    is_wanted: jax.Array,
+    divisor: Divisor,
+) -> Found:
+    """The last example, where all others are found, as `completed` searches for it.
+
+    Args:
+      starts: (N, n, B), zeros for none. targets: (N, n, TARGETS).
+    """
+    lanes = _to_search_last(subspaces, found, starts, targets, is_wanted)
+    return _take_last(subspaces, found, _solve(subspaces, lanes, is_wanted, divisor), starts, is_wanted)
+
+
+@jax.jit
 def fit_all(
     subspaces: BatchSubspace, found: Found, is_wanted: jax.Array, divisor: Divisor
-) -> tuple[Component, JointFit, jax.Array]:
-    """All B examples of each gradient, polished (N, B), their joint fit, and whether there are B different ones (N,)."""
-    lanes = _to_polish(subspaces, found.examples, is_wanted)
-    solved = _solve(subspaces, lanes, is_wanted, divisor)
-    return _fit(subspaces, found, solved, is_wanted, divisor)
+) -> tuple[Component, JointFit]:
+    """All B examples of each gradient (N, B), and their joint fit."""
+
+    def one(each: tuple[BatchSubspace, Found]) -> tuple[Component, JointFit]:
+        subspace, own = each[0], each[1].examples
+        singled = jnp.take_along_axis(own.label, jnp.maximum(own.targets, 0), axis=1)
+        weights = jnp.where(own.targets >= 0, singled - own.level[:, None], 0.0)
+        skipped = ~jnp.all(each[1].is_filled)
+        return own, fit_jointly(subspace, own.coordinates, weights, own.targets, divisor, skipped=skipped)
+
+    return over_gradients(one, (subspaces, found), is_wanted)
 
 
 def _solve(subspaces: BatchSubspace, lanes: _Lanes, is_wanted: jax.Array, divisor: Divisor) -> Component:
@@ -102,7 +128,9 @@ def _solve(subspaces: BatchSubspace, lanes: _Lanes, is_wanted: jax.Array, diviso
     for first in range(0, number, piece):
         last = min(first + piece, number)
         own = jax.tree.map(lambda leaf, first=first, last=last: leaf[:, max(last - piece, 0) : last], lanes)
-        fresh = jax.tree.map(lambda leaf, keep=last - first: leaf[:, -keep:], _solve_piece(subspaces, own, is_wanted, divisor))
+        fresh = jax.tree.map(
+            lambda leaf, keep=last - first: leaf[:, -keep:], _solve_piece(subspaces, own, is_wanted, divisor)
+        )
         solved.append(fresh)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *solved)
 
@@ -118,14 +146,14 @@ def _solve_piece(subspaces: BatchSubspace, lanes: _Lanes, is_wanted: jax.Array, 
     return over_gradients(one, (subspaces, lanes), is_wanted)
 
 
-@partial(jax.jit, static_argnames="rows")
+@partial(jax.jit, static_argnames=("rows", "brief"))
 def _propose(
-    subspaces: BatchSubspace, before: Found, is_wanted: jax.Array, divisor: Divisor, rows: int
+    subspaces: BatchSubspace, before: Found, is_wanted: jax.Array, divisor: Divisor, rows: int, brief: bool
 ) -> _Lanes:
     def one(each: tuple[BatchSubspace, Found]) -> _Lanes:
         subspace, found = each
-        basis = _basis(subspace, found)
-        starts, targets, is_start = _starts(subspace, found, basis, divisor, rows)
+        basis = _complement(_duals(subspace, found))
+        starts, targets, is_start = _starts(subspace, found, basis, divisor, rows, brief)
         return _lanes(subspace, starts, targets, jnp.where(is_start, ITERATIONS, 0), basis)
 
     return over_gradients(one, (subspaces, before), is_wanted)
@@ -135,7 +163,7 @@ def _propose(
 def _accept(
     subspaces: BatchSubspace, before: Found, solved: Component, is_start: jax.Array, is_wanted: jax.Array
 ) -> tuple[Found, _Lanes]:
-    """New examples behind the sure ones, with `is_filled` for the new; and each with one class alone."""
+    """New examples behind the others, with `is_filled` for the new; and each with one class alone."""
 
     def one(each: tuple[BatchSubspace, Found, Component, jax.Array]) -> tuple[Found, _Lanes]:
         subspace, found, solutions, valid = each
@@ -145,15 +173,13 @@ def _accept(
         single = jnp.stack([alone, jnp.full_like(alone, -1)], axis=1)
         twice = jnp.concatenate([examples.coordinates] * 2)
         steps = jnp.zeros((len(twice),), jnp.int32)
-        return Found(examples, is_new, found.is_sure), _lanes(subspace, twice, single, steps, _basis(subspace, found))
+        return Found(examples, is_new), _lanes(subspace, twice, single, steps, _complement(_duals(subspace, found)))
 
     return over_gradients(one, (subspaces, before, solved, is_start), is_wanted)
 
 
 @jax.jit
-def _choices(
-    subspaces: BatchSubspace, new: Found, bare: Component, lanes: _Lanes, is_wanted: jax.Array
-) -> _Lanes:
+def _choices(subspaces: BatchSubspace, new: Found, bare: Component, lanes: _Lanes, is_wanted: jax.Array) -> _Lanes:
     """As `unrivalled`: new ones with either class alone, or with one of those that would explain most of the rest."""
 
     def one(each: tuple[BatchSubspace, Found, Component, _Lanes]) -> _Lanes:
@@ -171,49 +197,60 @@ def _choices(
 @jax.jit
 def _decide(
     subspaces: BatchSubspace, before: Found, new: Found, solved: Component, is_wanted: jax.Array
-) -> Found:
-    def one(each: tuple[BatchSubspace, Found, Found, Component]) -> Found:
+) -> tuple[Found, _Lanes]:
+    """The best choices; and, as `polish`: each among what is dual to all others, and without a second class."""
+
+    def one(each: tuple[BatchSubspace, Found, Found, Component]) -> tuple[Found, _Lanes]:
         subspace, known, added, choices = each
-        sure, is_new = known.is_sure, added.is_filled
-        examples, is_clear = _best_choice(added.examples, is_new, choices)
-        again = jnp.any(jnp.tril(_same(subspace, examples, examples), -1) & (sure | is_new)[None, :], axis=1)
-        is_new = is_new & ~again
-        is_filled, is_sure = sure | is_new, sure | (is_new & is_clear)
-        order = argsort(2.0 - is_filled - is_sure)
-        return jax.tree.map(lambda leaf: leaf[order], Found(examples, is_filled, is_sure))
+        examples = _best_choice(added.examples, added.is_filled, choices)
+        found = _each_once(subspace, Found(examples, known.is_filled | added.is_filled))
+        examples, count = found.examples, len(added.is_filled)
+        targets = jnp.concatenate([examples.targets, examples.targets.at[:, 1:].set(-1)])
+        coordinates, weights = (jnp.concatenate([leaf] * 2) for leaf in (examples.coordinates, 1 / examples.deviation))
+        duals, others = _duals(subspace, found), ~jnp.eye(count, dtype=bool)
+        bases = jax.vmap(lambda kept: _complement(jnp.where(kept[:, None], duals, 0.0)))(others)
+        steps = jnp.tile(jnp.where(found.is_filled, POLISHING, 0), 2)
+        return found, _Lanes(coordinates, targets, weights, steps, jnp.concatenate([bases] * 2))
 
     return over_gradients(one, (subspaces, before, new, solved), is_wanted)
 
 
 @jax.jit
-def _to_polish(subspaces: BatchSubspace, examples: Component, is_wanted: jax.Array) -> _Lanes:
-    """As `polish`: each among what is dual to all others, and the same without a second class."""
+def _polish(subspaces: BatchSubspace, found: Found, solved: Component, is_wanted: jax.Array) -> Found:
+    def one(each: tuple[BatchSubspace, Found, Component]) -> Found:
+        subspace, own, polished = each
+        return _each_once(subspace, Found(_best_polished(own.examples, polished), own.is_filled))
 
-    def one(each: tuple[BatchSubspace, Component]) -> _Lanes:
-        subspace, found = each
-        targets = jnp.concatenate([found.targets, found.targets.at[:, 1:].set(-1)])
-        coordinates, weights = (jnp.concatenate([leaf] * 2) for leaf in (found.coordinates, 1 / found.deviation))
-        bases = jnp.concatenate([_complements(subspace, found)] * 2)
-        return _Lanes(coordinates, targets, weights, jnp.full((len(targets),), POLISHING, jnp.int32), bases)
-
-    return over_gradients(one, (subspaces, examples), is_wanted)
+    return over_gradients(one, (subspaces, found, solved), is_wanted)
 
 
 @jax.jit
-def _fit(
-    subspaces: BatchSubspace, found: Found, solved: Component, is_wanted: jax.Array, divisor: Divisor
-) -> tuple[Component, JointFit, jax.Array]:
-    def one(each: tuple[BatchSubspace, Found, Component]) -> tuple[Component, JointFit, jax.Array]:
-        subspace, own, polished = each
-        better = _best_polished(own.examples, polished)
-        different = ~jnp.any(_same(subspace, better, better) & ~jnp.eye(len(own.is_filled), dtype=bool))
-        whole = different & jnp.all(own.is_filled)
-        singled = jnp.take_along_axis(better.label, jnp.maximum(better.targets, 0), axis=1)
-        weights = jnp.where(better.targets >= 0, singled - better.level[:, None], 0.0)
-        joint = fit_jointly(subspace, better.coordinates, weights, better.targets, divisor, skipped=~whole)
-        return better, joint, whole
+def _to_search_last(
+    subspaces: BatchSubspace, found: Found, starts: jax.Array, targets: jax.Array, is_wanted: jax.Array
+) -> _Lanes:
+    def one(each: tuple[BatchSubspace, Found, jax.Array, jax.Array]) -> _Lanes:
+        subspace, own, points, classes = each
+        basis = _complement(_duals(subspace, own))
+        steps = jnp.where(jnp.any(points != 0, axis=1), ITERATIONS, 0)
+        return _lanes(subspace, points, classes, steps, basis)
 
-    return over_gradients(one, (subspaces, found, solved), is_wanted)
+    return over_gradients(one, (subspaces, found, starts, targets), is_wanted)
+
+
+@jax.jit
+def _take_last(
+    subspaces: BatchSubspace, found: Found, solved: Component, starts: jax.Array, is_wanted: jax.Array
+) -> Found:
+    def one(each: tuple[BatchSubspace, Found, Component, jax.Array]) -> Found:
+        subspace, own, solutions, points = each
+        again = jnp.any(_same(subspace, solutions, own.examples) & own.is_filled[None, :], axis=1)
+        worthy = is_near(solutions) & jnp.any(points != 0, axis=1) & ~again
+        prices = jnp.where(worthy, cost(solutions), jnp.inf)
+        best, place = argmin(prices), argmin(own.is_filled.astype(jnp.float32))
+        examples = jax.tree.map(lambda old, new: old.at[place].set(new[best]), own.examples, solutions)
+        return Found(examples, own.is_filled.at[place].set(jnp.isfinite(prices[best])))
+
+    return over_gradients(one, (subspaces, found, solved, starts), is_wanted)
 
 
 def _lanes(
@@ -223,21 +260,17 @@ def _lanes(
     return _Lanes(starts, targets, weights, steps, jnp.broadcast_to(basis, (len(starts), *basis.shape)))
 
 
-def _basis(subspace: BatchSubspace, found: Found) -> jax.Array:
-    """(B, B) of what is dual to the sure ones."""
-    return _complement(_duals(subspace, found.examples, found.is_sure), jnp.sum(found.is_sure))
-
-
-def _duals(subspace: BatchSubspace, examples: Component, is_there: jax.Array) -> jax.Array:
+def _duals(subspace: BatchSubspace, found: Found) -> jax.Array:
     """(B, B) unit vectors that the coordinates of all others are orthogonal to, zeros for what is not there."""
-    duals = examples.dual / subspace.singular_values[None, :]
+    duals = found.examples.dual / subspace.singular_values[None, :]
     size = jnp.sqrt(jnp.sum(duals**2, axis=1, keepdims=True))
-    return jnp.where(is_there[:, None], duals / jnp.maximum(size, 1e-300), 0.0)
+    return jnp.where(found.is_filled[:, None], duals / jnp.maximum(size, 1e-300), 0.0)
 
 
-def _complement(duals: jax.Array, count: jax.Array) -> jax.Array:
+def _complement(duals: jax.Array) -> jax.Array:
     """As `complement`: of what is left, the longest column is the next."""
     rank = len(duals)
+    count = jnp.sum(jnp.any(duals != 0, axis=1))
     taken = orthonormal_columns(duals.T)[0]
 
     def add(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -252,27 +285,27 @@ def _complement(duals: jax.Array, count: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, rank, add, start)[0]
 
 
-def _remainder(subspace: BatchSubspace, examples: Component, is_there: jax.Array) -> jax.Array:
+def _remainder(subspace: BatchSubspace, found: Found) -> jax.Array:
     """(C, B) as `without`."""
     observed = subspace.left * subspace.singular_values[None, :]
-    duals = _duals(subspace, examples, is_there)
-    coordinates = jnp.where(is_there[:, None], examples.coordinates, 0.0)
+    duals, is_there = _duals(subspace, found), found.is_filled
+    coordinates = jnp.where(is_there[:, None], found.examples.coordinates, 0.0)
     columns, triangle = orthonormal_columns(coordinates @ duals.T + jnp.diag(jnp.where(is_there, 0.0, 1.0)))
     return observed - (observed @ duals.T) @ (triangle @ (columns.T @ coordinates))
 
 
 def _starts(
-    subspace: BatchSubspace, found: Found, basis: jax.Array, divisor: Divisor, rows: int
+    subspace: BatchSubspace, found: Found, basis: jax.Array, divisor: Divisor, rows: int, brief: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `propose_along_rays`: (n, B), (n, TARGETS), and which of them are starts at all; those first."""
-    rank, is_there = subspace.singular_values.size, found.is_sure
-    remainder = _remainder(subspace, found.examples, is_there)
+    missing = jnp.sum(~found.is_filled)
+    rank, remainder = len(found.is_filled), _remainder(subspace, found)
     leverage = jnp.sum(orthonormal_columns(remainder @ basis)[0] ** 2, axis=1)
     likely = argsort(-leverage)[:rows]
     points, misfits, valid = scan_rays(subspace, -divisor.value * remainder[likely], likely)
-    valid = valid & (jnp.arange(len(likely)) < 2 * (rank - jnp.sum(is_there)) + 4)[:, None]
+    valid = valid & (jnp.arange(len(likely)) < 2 * missing + 4)[:, None]
     alone = jnp.full((*valid.shape, 1), -1, jnp.int32)
-    second = jnp.concatenate([alone, misfits], axis=2)
+    second = misfits[:, :, :1] if brief else jnp.concatenate([alone, misfits], axis=2)
     first = jnp.broadcast_to(likely[:, None, None], second.shape)
     targets = jnp.stack([first, second], axis=-1).reshape(-1, TARGETS)
     starts = jnp.broadcast_to(points[:, :, None], (*second.shape, rank)).reshape(-1, rank)
@@ -291,10 +324,10 @@ def _same(subspace: BatchSubspace, features: Component, others: Component) -> ja
 def _accepted(
     subspace: BatchSubspace, solved: Component, is_start: jax.Array, before: Found
 ) -> tuple[Component, jax.Array]:
-    """As `accepted`: behind the sure ones the likeliest, each different from all others; and which places are new."""
+    """As `accepted`: behind those found the likeliest, each different from all others; and which places are new."""
     rank = subspace.singular_values.size
-    count = jnp.sum(before.is_sure)
-    known = jnp.any(_same(subspace, solved, before.examples) & before.is_sure[None, :], axis=1)
+    count = jnp.sum(before.is_filled)
+    known = jnp.any(_same(subspace, solved, before.examples) & before.is_filled[None, :], axis=1)
     prices = jnp.where(is_start & is_plausible(solved) & ~known, cost(solved), jnp.inf)
 
     def take(place: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -314,14 +347,19 @@ def _accepted(
     return jax.tree.map(merge, before.examples, solved), is_new
 
 
-def _best_choice(examples: Component, is_new: jax.Array, solved: Component) -> tuple[Component, jax.Array]:
-    """Each new one with the best choice of its classes, and whether no other is about as good."""
+def _each_once(subspace: BatchSubspace, found: Found) -> Found:
+    """Without those that are the same as one before; all that are left come first."""
+    same = _same(subspace, found.examples, found.examples) & found.is_filled[None, :]
+    is_filled = found.is_filled & ~jnp.any(jnp.tril(same, -1), axis=1)
+    order = argsort(jnp.where(is_filled, 0.0, 1.0))
+    return jax.tree.map(lambda leaf: leaf[order], Found(found.examples, is_filled))
+
+
+def _best_choice(examples: Component, is_new: jax.Array, solved: Component) -> Component:
+    """As `unrivalled`: each new one with the best choice of its classes."""
     options = _options([examples, *_parts(solved, len(is_new))])
     prices = jnp.where(is_plausible(options) & is_new[None, :], cost(options), jnp.inf).at[0].set(cost(examples))
-    best = _pick(options, argmin(prices.T))
-    reach = TOLERANCE * jnp.max(options.label_deviation + best.label_deviation[None], axis=-1)
-    apart = jnp.max(jnp.abs(options.label - best.label[None]), axis=-1) > reach
-    return best, ~jnp.any((prices <= cost(best)[None, :] + TOLERANCE**2) & apart, axis=0)
+    return _pick(options, argmin(prices.T))
 
 
 def _best_polished(found: Component, solved: Component) -> Component:
@@ -330,15 +368,6 @@ def _best_polished(found: Component, solved: Component) -> Component:
     prices = jnp.where(is_plausible(options), cost(options), jnp.inf)
     prices = prices.at[0].set(jnp.where(jnp.any(jnp.isfinite(prices[1:]), axis=0), jnp.inf, 0.0))
     return _pick(options, argmin(prices.T))
-
-
-def _complements(subspace: BatchSubspace, found: Component) -> jax.Array:
-    """As `complements` with all found: one column each, of the inverse of all duals."""
-    duals = _duals(subspace, found, jnp.ones((len(found.misfit),), bool))
-    columns, triangle = orthonormal_columns(duals.T)
-    inverse = columns @ triangle.T
-    inverse = inverse / jnp.sqrt(jnp.sum(inverse**2, axis=0, keepdims=True))
-    return jnp.zeros((len(duals), *inverse.shape)).at[:, :, 0].set(inverse.T)
 
 
 def _parts(stacked: Component, count: int) -> list[Component]:

@@ -1,9 +1,12 @@
 """`recover_batches`: many gradients of batches at once; what the first rounds leave open is searched for one by one."""
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,18 +21,21 @@ from softinv_jax.batches.batch_recovery import (
 )
 from softinv_jax.batches.batch_search import (
     BatchAsked,
-    BatchGradient,
     BatchOutcome,
     BatchSpaces,
     balanced,
     search_all,
     usual_divisor,
 )
-from softinv_jax.batches.candidates import split
-from softinv_jax.batches.component import Divisor
+from softinv_jax.batches.candidates import split, without
+from softinv_jax.batches.component import Component, Divisor
+from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.explanation import explains, is_fitted
-from softinv_jax.batches.lockstep import Found, fit_all, nothing_found, search_round
+from softinv_jax.batches.last_example import MOST_STARTS, last_starts
+from softinv_jax.batches.lockstep import Found, fit_all, nothing_found, search_last, search_round
+from softinv_jax.batches.proposals import propose
 from softinv_jax.batches.search import is_confined
+from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.float64 import in_float64
 from softinv_jax.observation.head import Observation, observe
 
@@ -38,7 +44,11 @@ __all__ = ["recover_batches"]
 ROUNDS = 3
 GROUP_ON_CPU = 8  # Gradients at a time,
 GROUP = 64  # and on an accelerator, which does all of them in the time of one.
+LAST_STARTS = MOST_STARTS + 32  # For the last example of a batch.
 REST = 4  # One so much smaller for those that are left after a round.
+
+# Two LAPACK calls at once can hang XLA's CPU runtime; the rounds of the search make none.
+ONE_FIT = threading.Lock()
 
 
 def recover_batches(
@@ -76,87 +86,133 @@ def _recover_batches(
     observation: Observation, asked: BatchAsked, progress: Callable[[int, int], None]
 ) -> list[BatchRecovery]:
     gradients = list(batch_gradients(observation))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        spaces = list(pool.map(lambda gradient: gradient.decompose(None), gradients))
     recoveries: dict[int, BatchRecovery] = {}
-    alone: list[int] = []
 
     def conclude(index: int, outcome: BatchOutcome) -> None:
         recoveries[index] = conclude_batch(gradients[index], outcome)
         progress(len(recoveries), len(gradients))
 
-    for indices in _groups(gradients, spaces, asked):
-        outcomes = _search_group([spaces[index] for index in indices], asked) if len(indices) > 1 else [None]
-        for index, outcome in zip(indices, outcomes, strict=True):
-            if outcome is None:
-                alone.append(index)
-            else:
-                conclude(index, balanced(outcome, gradients[index]))
+    with ThreadPoolExecutor(_workers()) as pool:
+        spaces = list(pool.map(lambda gradient: gradient.decompose(None), gradients))
+        groups, alone = _groups(spaces, asked)
+        found = [partial(_search_group, [spaces[index] for index in group], asked) for group in groups]
+        # The first by itself: the others find its programs compiled.
+        outcomes = itertools.chain(map(_call, found[:1]), pool.map(_call, found[1:]))
+        for group, outcomes_of_group in zip(groups, outcomes, strict=True):
+            for index, outcome in zip(group, outcomes_of_group, strict=True):
+                if outcome is None:
+                    alone.append(index)
+                else:
+                    conclude(index, balanced(outcome, gradients[index]))
     for index in alone:
         conclude(index, search_all(gradients[index], asked, lambda found, total: None, spaces[index]))
     return [recoveries[index] for index in range(len(gradients))]
 
 
-def _groups(gradients: list[BatchGradient], spaces: list[BatchSpaces], asked: BatchAsked) -> Iterator[list[int]]:
-    """Gradients that are searched together: of one rank, and as many examples as were told; others by themselves."""
-    size = GROUP_ON_CPU if jax.default_backend() == "cpu" else GROUP
+def _workers() -> int:
+    """Groups at a time: as many as a CPU has cores; and two, so that an accelerator waits for no host."""
+    return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 2
+
+
+@in_float64
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def _groups(spaces: list[BatchSpaces], asked: BatchAsked) -> tuple[list[list[int]], list[int]]:
+    """Gradients that are searched together, of one rank and as many examples as were told; and all others."""
+    size = _group_size()
+    alone: list[int] = []
     by_rank: dict[int, list[int]] = {}
     for index, space in enumerate(spaces):
         as_told = asked.told_scale and asked.loss != "weighted_cross_entropy" and asked.batch_size in (None, space.rank)
-        together = as_told and space.rank > 0 and is_confined(space.subspace) and is_fitted(space.rank)
-        if together:
-            by_rank.setdefault(space.rank, []).append(index)
-        else:
-            yield [index]
-    for indices in by_rank.values():
-        yield from (indices[first : first + size] for first in range(0, len(indices), size))
+        together = as_told and space.rank > 1 and is_confined(space.subspace) and is_fitted(space.rank)
+        (by_rank.setdefault(space.rank, []) if together else alone).append(index)
+    groups = [own[first : first + size] for own in by_rank.values() for first in range(0, len(own), size)]
+    return groups, alone
 
 
 def _search_group(spaces: list[BatchSpaces], asked: BatchAsked) -> list[BatchOutcome | None]:
     """Those that the first rounds explain as a whole; None for the others."""
-    rank = spaces[0].rank
-    usual = usual_divisor(rank, asked)
+    usual = usual_divisor(spaces[0].rank, asked)
     divisor = Divisor(usual)
-    group = GROUP_ON_CPU if jax.default_backend() == "cpu" else GROUP
     subspaces = jax.tree.map(lambda *leaves: np.stack(leaves), *[one.subspace for one in spaces])
-    found = nothing_found(subspaces, divisor)
-    for round_ in range(ROUNDS):
-        left = np.flatnonzero(~found.is_filled.all(axis=1))
-        if not len(left):
-            break
-        missing = rank - found.is_sure[left].sum(axis=1).min()
-        # Twice the starts, or as many as choices of classes are compared afterwards.
-        rows = rank if 2 * missing + 4 <= rank else 2 * rank + 4
-        size = group if round_ == 0 or jax.default_backend() == "cpu" else group // REST
-        new = _in_places(size, left, (subspaces, found), lambda *each: search_round(*each, divisor, rows))
-        found = _put(found, left, new)
+    found = _rounds(subspaces, divisor)
     whole = np.flatnonzero(found.is_filled.all(axis=1))
-    examples, joint, is_whole = _in_places(group, whole, (subspaces, found), lambda *each: fit_all(*each, divisor))
+    with ONE_FIT:
+        fit = _in_places(_group_size(), whole, (subspaces, found), partial(fit_all, divisor=divisor))
     outcomes: list[BatchOutcome | None] = [None] * len(spaces)
     for place, index in enumerate(whole):
-        own = jax.tree.map(lambda leaf, place=place: leaf[place], joint)
-        if is_whole[place] and explains(own):
-            each = split(jax.tree.map(lambda leaf, place=place: leaf[place], examples))
-            outcomes[index] = BatchOutcome(spaces[index], each, own, divisor, rank, usual)
+        examples, joint = _at(fit, place)
+        if explains(joint):
+            outcomes[index] = BatchOutcome(spaces[index], split(examples), joint, divisor, spaces[index].rank, usual)
     return outcomes
 
 
-def _in_places(size: int, indices: np.ndarray, inputs: object, function: Callable) -> object:
-    """A function of `size` gradients for some of them: one compiled program for any number."""
-    if not len(indices):
-        indices = np.zeros((1,), np.int64)
+def _rounds(subspaces: BatchSubspace, divisor: Divisor) -> Found:
+    """What `search_confined` finds in as many rounds, and the last example where one is missing."""
+    found = nothing_found(subspaces, divisor)
+    rank = found.is_filled.shape[1]
+    size = _group_size()
+    for round_ in range(ROUNDS):
+        missing = rank - found.is_filled.sum(axis=1)
+        left = np.flatnonzero(missing > (round_ == ROUNDS - 1))
+        if not len(left):
+            break
+        # Rows enough for what is missing; as many starts as there are choices of classes to compare afterwards.
+        rows = rank if 2 * missing.max() + 4 <= rank else 2 * rank + 4
+        search = partial(search_round, divisor=divisor, rows=rows, brief=round_ == 0)
+        found = _put(found, left, _in_places(size, left, (subspaces, found), search))
+        size = _rest_size()
+    left = np.flatnonzero(found.is_filled.sum(axis=1) == rank - 1)
+    starts = np.zeros((len(found.is_filled), LAST_STARTS, rank))
+    targets = np.full((*starts.shape[:2], TARGETS), -1, np.int32)
+    for index in left:
+        own = _at(subspaces, index)
+        points, classes = _last_starts(own, split(_at(found.examples, index))[: rank - 1], divisor)
+        starts[index, : len(points)], targets[index, : len(points)] = points, classes
+    search = partial(search_last, divisor=divisor)
+    return _put(found, left, _in_places(size, left, (subspaces, found, starts, targets), search))
+
+
+def _last_starts(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the scan over one scalar, and of the next round."""
+    remainder = without(subspace.left * subspace.singular_values, found, subspace.singular_values)
+    scanned = last_starts(subspace, found, divisor)
+    proposed = propose(remainder, 1, divisor.value, 1.0, separately=False)
+    return tuple(np.concatenate(both)[:LAST_STARTS] for both in zip(scanned, proposed, strict=True))  # type: ignore[return-value]
+
+
+def _group_size() -> int:
+    return GROUP_ON_CPU if jax.default_backend() == "cpu" else GROUP
+
+
+def _rest_size() -> int:
+    return GROUP_ON_CPU if jax.default_backend() == "cpu" else GROUP // REST
+
+
+def _at(stacked: Any, index: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _in_places(size: int, indices: np.ndarray, inputs: tuple, function: Callable[..., Any]) -> Any:
+    """A function of `size` gradients for some of them, in NumPy: one compiled program for any number."""
     results = []
     for first in range(0, len(indices), size):
         chosen = indices[first : first + size]
-        places = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))])
-        piece = jax.tree.map(lambda leaf, places=places: leaf[places], inputs)
-        results.append(jax.device_get(function(*piece, np.arange(size) < len(chosen))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(indices)], *results)
+        is_wanted = np.arange(size) < len(chosen)
+        piece = _at(inputs, np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))]))
+        results.append(_at(jax.device_get(function(*piece, is_wanted=is_wanted)), is_wanted))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results) if results else None
 
 
-def _put(found: Found, indices: np.ndarray, new: Found) -> Found:
+def _put(found: Found, indices: np.ndarray, new: Found | None) -> Found:
+    if new is None:
+        return found
+
     def put(old: np.ndarray, values: np.ndarray) -> np.ndarray:
-        old[indices] = values[: len(indices)]
+        old = old.copy()
+        old[indices] = values
         return old
 
     return jax.tree.map(put, found, new)
