@@ -25,7 +25,7 @@ from softinv_jax.batches.component import (
 )
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import JointFit, fit_jointly
-from softinv_jax.batches.lanes import over_gradients
+from softinv_jax.batches.lanes import on_cpu, over_gradients
 from softinv_jax.batches.last_example import is_near
 from softinv_jax.batches.rounds import POLISHING
 from softinv_jax.batches.scalar_scan import scan_rays
@@ -123,7 +123,7 @@ def fit_all(
 def _solve(subspaces: BatchSubspace, lanes: _Lanes, is_wanted: jax.Array, divisor: Divisor) -> Component:
     """(N, n) from all starts: on a CPU some at a time, so that one program does for any number."""
     number = lanes.starts.shape[1]
-    piece = 2 * lanes.starts.shape[2] if jax.default_backend() == "cpu" else number
+    piece = 2 * lanes.starts.shape[2] if on_cpu() else number
     solved = []
     for first in range(0, number, piece):
         last = min(first + piece, number)

@@ -1,7 +1,6 @@
 """`recover_batches`: many gradients of batches at once; what the first rounds leave open is searched for one by one."""
 
 import itertools
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from softinv_jax.batches.candidates import split, without
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.explanation import explains, is_fitted
+from softinv_jax.batches.lanes import group_sizes, workers
 from softinv_jax.batches.last_example import MOST_STARTS, last_starts
 from softinv_jax.batches.lockstep import Found, fit_all, nothing_found, search_last, search_round
 from softinv_jax.batches.proposals import propose
@@ -42,10 +42,7 @@ from softinv_jax.observation.head import Observation, observe
 __all__ = ["recover_batches"]
 
 ROUNDS = 3
-GROUP_ON_CPU = 8  # Gradients at a time,
-GROUP = 64  # and on an accelerator, which does all of them in the time of one.
 LAST_STARTS = MOST_STARTS + 32  # For the last example of a batch.
-REST = 4  # One so much smaller for those that are left after a round.
 
 # Two LAPACK calls at once can hang XLA's CPU runtime; the rounds of the search make none.
 ONE_FIT = threading.Lock()
@@ -92,12 +89,13 @@ def _recover_batches(
         recoveries[index] = conclude_batch(gradients[index], outcome)
         progress(len(recoveries), len(gradients))
 
-    with ThreadPoolExecutor(_workers()) as pool:
+    with ThreadPoolExecutor(workers()) as pool:
         spaces = list(pool.map(lambda gradient: gradient.decompose(None), gradients))
         groups, alone = _groups(spaces, asked)
         found = [partial(_search_group, [spaces[index] for index in group], asked) for group in groups]
         # The first by itself: the others find its programs compiled.
-        outcomes = itertools.chain(map(_call, found[:1]), pool.map(_call, found[1:]))
+        first = [_call(search) for search in found[:1]]
+        outcomes = itertools.chain(first, pool.map(_call, found[1:]))
         for group, outcomes_of_group in zip(groups, outcomes, strict=True):
             for index, outcome in zip(group, outcomes_of_group, strict=True):
                 if outcome is None:
@@ -109,11 +107,6 @@ def _recover_batches(
     return [recoveries[index] for index in range(len(gradients))]
 
 
-def _workers() -> int:
-    """Groups at a time: as many as a CPU has cores; and two, so that an accelerator waits for no host."""
-    return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 2
-
-
 @in_float64
 def _call(function: Callable[[], Any]) -> Any:
     return function()
@@ -121,14 +114,16 @@ def _call(function: Callable[[], Any]) -> Any:
 
 def _groups(spaces: list[BatchSpaces], asked: BatchAsked) -> tuple[list[list[int]], list[int]]:
     """Gradients that are searched together, of one rank and as many examples as were told; and all others."""
-    size = _group_size()
     alone: list[int] = []
     by_rank: dict[int, list[int]] = {}
     for index, space in enumerate(spaces):
         as_told = asked.told_scale and asked.loss != "weighted_cross_entropy" and asked.batch_size in (None, space.rank)
         together = as_told and space.rank > 1 and is_confined(space.subspace) and is_fitted(space.rank)
         (by_rank.setdefault(space.rank, []) if together else alone).append(index)
-    groups = [own[first : first + size] for own in by_rank.values() for first in range(0, len(own), size)]
+    groups: list[list[int]] = []
+    for rank, own in by_rank.items():
+        size = group_sizes(len(spaces[own[0]].subspace.left), rank)[0]
+        groups += [own[first : first + size] for first in range(0, len(own), size)]
     return groups, alone
 
 
@@ -137,10 +132,11 @@ def _search_group(spaces: list[BatchSpaces], asked: BatchAsked) -> list[BatchOut
     usual = usual_divisor(spaces[0].rank, asked)
     divisor = Divisor(usual)
     subspaces = jax.tree.map(lambda *leaves: np.stack(leaves), *[one.subspace for one in spaces])
-    found = _rounds(subspaces, divisor)
+    sizes = group_sizes(*spaces[0].subspace.left.shape)
+    found = _rounds(subspaces, divisor, sizes)
     whole = np.flatnonzero(found.is_filled.all(axis=1))
     with ONE_FIT:
-        fit = _in_places(_group_size(), whole, (subspaces, found), partial(fit_all, divisor=divisor))
+        fit = _in_places(sizes[0], whole, (subspaces, found), partial(fit_all, divisor=divisor))
     outcomes: list[BatchOutcome | None] = [None] * len(spaces)
     for place, index in enumerate(whole):
         examples, joint = _at(fit, place)
@@ -149,11 +145,10 @@ def _search_group(spaces: list[BatchSpaces], asked: BatchAsked) -> list[BatchOut
     return outcomes
 
 
-def _rounds(subspaces: BatchSubspace, divisor: Divisor) -> Found:
+def _rounds(subspaces: BatchSubspace, divisor: Divisor, sizes: tuple[int, int]) -> Found:
     """What `search_confined` finds in as many rounds, and the last example where one is missing."""
     found = nothing_found(subspaces, divisor)
     rank = found.is_filled.shape[1]
-    size = _group_size()
     for round_ in range(ROUNDS):
         missing = rank - found.is_filled.sum(axis=1)
         left = np.flatnonzero(missing > (round_ == ROUNDS - 1))
@@ -162,8 +157,7 @@ def _rounds(subspaces: BatchSubspace, divisor: Divisor) -> Found:
         # Rows enough for what is missing; as many starts as there are choices of classes to compare afterwards.
         rows = rank if 2 * missing.max() + 4 <= rank else 2 * rank + 4
         search = partial(search_round, divisor=divisor, rows=rows, brief=round_ == 0)
-        found = _put(found, left, _in_places(size, left, (subspaces, found), search))
-        size = _rest_size()
+        found = _put(found, left, _in_places(sizes[round_ > 0], left, (subspaces, found), search))
     left = np.flatnonzero(found.is_filled.sum(axis=1) == rank - 1)
     starts = np.zeros((len(found.is_filled), LAST_STARTS, rank))
     targets = np.full((*starts.shape[:2], TARGETS), -1, np.int32)
@@ -172,7 +166,7 @@ def _rounds(subspaces: BatchSubspace, divisor: Divisor) -> Found:
         points, classes = _last_starts(own, split(_at(found.examples, index))[: rank - 1], divisor)
         starts[index, : len(points)], targets[index, : len(points)] = points, classes
     search = partial(search_last, divisor=divisor)
-    return _put(found, left, _in_places(size, left, (subspaces, found, starts, targets), search))
+    return _put(found, left, _in_places(sizes[1], left, (subspaces, found, starts, targets), search))
 
 
 def _last_starts(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> tuple[np.ndarray, np.ndarray]:
@@ -181,14 +175,6 @@ def _last_starts(subspace: BatchSubspace, found: list[Component], divisor: Divis
     scanned = last_starts(subspace, found, divisor)
     proposed = propose(remainder, 1, divisor.value, 1.0, separately=False)
     return tuple(np.concatenate(both)[:LAST_STARTS] for both in zip(scanned, proposed, strict=True))  # type: ignore[return-value]
-
-
-def _group_size() -> int:
-    return GROUP_ON_CPU if jax.default_backend() == "cpu" else GROUP
-
-
-def _rest_size() -> int:
-    return GROUP_ON_CPU if jax.default_backend() == "cpu" else GROUP // REST
 
 
 def _at(stacked: Any, index: Any) -> Any:
