@@ -11,7 +11,7 @@ __all__ = ["group_sizes", "on_cpu", "over_gradients", "over_lanes", "workers"]
 
 LANES_ON_CPU = 8
 GROUP_ON_CPU = 8  # Gradients in one call,
-GROUP = 64  # and on an accelerator, which does all of them in the time of one,
+GROUP = 128  # and on an accelerator, which does all of them in the time of one,
 GROUP_BYTES = 8 << 30  # as far as its memory goes.
 ARRAYS = 8  # Of C B numbers, that a start takes at the same time.
 REST = 4  # How much smaller the groups are of what the first round leaves.

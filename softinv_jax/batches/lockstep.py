@@ -64,7 +64,7 @@ def nothing_found(subspaces: BatchSubspace, divisor: Divisor) -> Found:
     weights = np.ones((rank, number_of_classes))
     shapes = jax.eval_shape(solve_components, one, starts, targets, weights, divisor)
     examples = jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape), leaf.dtype), shapes)
-    return Found(examples, np.zeros((count, rank), bool))
+    return Found(examples, np.zeros((count, rank), bool))  # type: ignore[arg-type]
 
 
 def search_round(

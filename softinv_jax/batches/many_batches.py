@@ -171,7 +171,8 @@ def _rounds(subspaces: BatchSubspace, divisor: Divisor, sizes: tuple[int, int]) 
 
 def _last_starts(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> tuple[np.ndarray, np.ndarray]:
     """Those of the scan over one scalar, and of the next round."""
-    remainder = without(subspace.left * subspace.singular_values, found, subspace.singular_values)
+    values = np.asarray(subspace.singular_values)
+    remainder = without(np.asarray(subspace.left) * values, found, values)
     scanned = last_starts(subspace, found, divisor)
     proposed = propose(remainder, 1, divisor.value, 1.0, separately=False)
     return tuple(np.concatenate(both)[:LAST_STARTS] for both in zip(scanned, proposed, strict=True))  # type: ignore[return-value]
@@ -187,7 +188,7 @@ def _in_places(size: int, indices: np.ndarray, inputs: tuple, function: Callable
     for first in range(0, len(indices), size):
         chosen = indices[first : first + size]
         is_wanted = np.arange(size) < len(chosen)
-        piece = _at(inputs, np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))]))
+        piece = jax.device_put(_at(inputs, np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))])))
         results.append(_at(jax.device_get(function(*piece, is_wanted=is_wanted)), is_wanted))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results) if results else None
 

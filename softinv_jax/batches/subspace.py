@@ -8,6 +8,7 @@ attack works with a_b alone.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,19 +151,19 @@ def batch_subspace(
     common = np.zeros((rows, COMMON))
     common[:, : beyond.size] = left[:, rank : rank + COMMON]
     basis, weight = right[:rank].T, np.asarray(weight)
-    subspace = BatchSubspace(
-        left=noise[:, None] * left[:, :rank],
-        singular_values=values[:rank],
-        directions=weight @ basis,
-        coupling=np.diag(1 / np.maximum(values[:rank], 1e-300)),
-        weight_norm=np.sqrt(np.sum(weight**2, axis=1)),
-        summation=_summation(weight, right[0]),
-        constant=basis[-1] if has_bias else np.zeros((rank,)),
-        noise=noise,
-        common=noise[:, None] * common * np.sqrt(excess),
-        roundoff=np.asarray(unit_roundoff(dtype)),
-    )
-    return subspace, right[:rank].T, values
+    arrays: dict[str, Any] = {
+        "left": noise[:, None] * left[:, :rank],
+        "singular_values": values[:rank],
+        "directions": weight @ basis,
+        "coupling": np.diag(1 / np.maximum(values[:rank], 1e-300)),
+        "weight_norm": np.sqrt(np.sum(weight**2, axis=1)),
+        "summation": _summation(weight, right[0]),
+        "constant": basis[-1] if has_bias else np.zeros((rank,)),
+        "noise": noise,
+        "common": noise[:, None] * common * np.sqrt(excess),
+        "roundoff": np.asarray(unit_roundoff(dtype)),
+    }
+    return BatchSubspace(**arrays), right[:rank].T, values
 
 
 def _summation(weight: np.ndarray, direction: np.ndarray) -> np.ndarray:
