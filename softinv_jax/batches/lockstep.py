@@ -3,8 +3,8 @@ for nothing.
 
 `search_round`: starts along rays, solved among what is dual to the examples found already, each with the best choice of
 its classes; then all of them polished, each among what is dual to all others. `search_last`: one that is missing.
-`fit_all`: all examples of each gradient fitted together. Whether another choice of classes is about as likely is not
-asked: what does not explain the gradient as a whole is searched for again, one by one.
+`fit_all`: all examples of each gradient fitted together. `are_unrivalled`: whether another choice of classes is about
+as likely for any of them, asked once, in the end.
 """
 
 from functools import partial
@@ -31,9 +31,10 @@ from softinv_jax.batches.rounds import POLISHING
 from softinv_jax.batches.scalar_scan import scan_rays
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.float64 import argmax, argmin, argsort
+from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.linear_algebra import orthonormal_columns
 
-__all__ = ["Found", "fit_all", "nothing_found", "search_last", "search_round"]
+__all__ = ["Found", "are_unrivalled", "fit_all", "nothing_found", "search_last", "search_round"]
 
 
 class Found(NamedTuple):
@@ -104,6 +105,13 @@ def search_last(
     return _take_last(subspaces, found, _solve(subspaces, lanes, is_wanted, divisor), starts, is_wanted)
 
 
+def are_unrivalled(subspaces: BatchSubspace, found: Found, is_wanted: jax.Array, divisor: Divisor) -> jax.Array:
+    """(N,) bool, as `unrivalled` with all others found: no other choice of classes is about as good for any example."""
+    bare = _alone(subspaces, found, is_wanted)
+    choices = _choices(subspaces, found, _solve(subspaces, bare, is_wanted, divisor), bare, is_wanted)
+    return _are_clear(found, _solve(subspaces, choices, is_wanted, divisor), is_wanted)
+
+
 @jax.jit
 def fit_all(
     subspaces: BatchSubspace, found: Found, is_wanted: jax.Array, divisor: Divisor
@@ -168,12 +176,10 @@ def _accept(
     def one(each: tuple[BatchSubspace, Found, Component, jax.Array]) -> tuple[Found, _Lanes]:
         subspace, found, solutions, valid = each
         examples, is_new = _accepted(subspace, solutions, valid, found)
-        first, second = examples.targets[:, 0], examples.targets[:, 1]
-        alone = jnp.concatenate([first, jnp.where(second < 0, first, second)])
-        single = jnp.stack([alone, jnp.full_like(alone, -1)], axis=1)
-        twice = jnp.concatenate([examples.coordinates] * 2)
-        steps = jnp.zeros((len(twice),), jnp.int32)
-        return Found(examples, is_new), _lanes(subspace, twice, single, steps, _complement(_duals(subspace, found)))
+        basis = _complement(_duals(subspace, found))
+        return Found(examples, is_new), _single(
+            subspace, examples, jnp.broadcast_to(basis, (len(is_new), *basis.shape))
+        )
 
     return over_gradients(one, (subspaces, before, solved, is_start), is_wanted)
 
@@ -189,7 +195,8 @@ def _choices(subspaces: BatchSubspace, new: Found, bare: Component, lanes: _Lane
         choices = jnp.concatenate([own.targets, *(jnp.stack([alone, other], axis=1) for other in extra.T)])
         times = len(choices) // len(found.is_filled)
         steps = jnp.tile(jnp.where(found.is_filled, ITERATIONS, 0), times)
-        return _lanes(subspace, jnp.concatenate([own.starts] * (times // 2)), choices, steps, own.bases[0])
+        starts, bases = (jnp.concatenate([leaf] * (times // 2)) for leaf in (own.starts, own.bases))
+        return _Lanes(starts, choices, jnp.zeros((len(starts), len(subspace.left))), steps, bases)
 
     return over_gradients(one, (subspaces, new, bare, lanes), is_wanted)
 
@@ -204,15 +211,36 @@ def _decide(
         subspace, known, added, choices = each
         examples = _best_choice(added.examples, added.is_filled, choices)
         found = _each_once(subspace, Found(examples, known.is_filled | added.is_filled))
-        examples, count = found.examples, len(added.is_filled)
+        examples = found.examples
         targets = jnp.concatenate([examples.targets, examples.targets.at[:, 1:].set(-1)])
         coordinates, weights = (jnp.concatenate([leaf] * 2) for leaf in (examples.coordinates, 1 / examples.deviation))
-        duals, others = _duals(subspace, found), ~jnp.eye(count, dtype=bool)
-        bases = jax.vmap(lambda kept: _complement(jnp.where(kept[:, None], duals, 0.0)))(others)
+        bases = _complements(subspace, found)
         steps = jnp.tile(jnp.where(found.is_filled, POLISHING, 0), 2)
         return found, _Lanes(coordinates, targets, weights, steps, jnp.concatenate([bases] * 2))
 
     return over_gradients(one, (subspaces, before, new, solved), is_wanted)
+
+
+@jax.jit
+def _alone(subspaces: BatchSubspace, found: Found, is_wanted: jax.Array) -> _Lanes:
+    def one(each: tuple[BatchSubspace, Found]) -> _Lanes:
+        return _single(each[0], each[1].examples, _complements(*each))
+
+    return over_gradients(one, (subspaces, found), is_wanted)
+
+
+@jax.jit
+def _are_clear(found: Found, solved: Component, is_wanted: jax.Array) -> jax.Array:
+    def one(each: tuple[Found, Component]) -> jax.Array:
+        examples = each[0].examples
+        options = _options(_parts(each[1], len(examples.misfit)))
+        prices = jnp.where(is_plausible(options), cost(options), jnp.inf)
+        best = jnp.minimum(jnp.min(prices, axis=0), cost(examples))
+        reach = TOLERANCE * jnp.max(options.label_deviation + examples.label_deviation[None], axis=-1)
+        apart = jnp.max(jnp.abs(options.label - examples.label[None]), axis=-1) > reach
+        return ~jnp.any((prices <= best[None, :] + TOLERANCE**2) & apart)
+
+    return over_gradients(one, (found, solved), is_wanted)
 
 
 @jax.jit
@@ -258,6 +286,22 @@ def _lanes(
 ) -> _Lanes:
     weights = jnp.zeros((len(starts), len(subspace.left)))
     return _Lanes(starts, targets, weights, steps, jnp.broadcast_to(basis, (len(starts), *basis.shape)))
+
+
+def _single(subspace: BatchSubspace, examples: Component, bases: jax.Array) -> _Lanes:
+    """Each example with the first of its classes alone, and with the second; no steps."""
+    first, second = examples.targets[:, 0], examples.targets[:, 1]
+    alone = jnp.concatenate([first, jnp.where(second < 0, first, second)])
+    targets = jnp.stack([alone, jnp.full_like(alone, -1)], axis=1)
+    starts, bases = (jnp.concatenate([leaf] * 2) for leaf in (examples.coordinates, bases))
+    weights, steps = jnp.zeros((len(starts), len(subspace.left))), jnp.zeros((len(starts),), jnp.int32)
+    return _Lanes(starts, targets, weights, steps, bases)
+
+
+def _complements(subspace: BatchSubspace, found: Found) -> jax.Array:
+    """(B, B, B) for each, the `_complement` of all others."""
+    duals, others = _duals(subspace, found), ~jnp.eye(len(found.is_filled), dtype=bool)
+    return jax.vmap(lambda kept: _complement(jnp.where(kept[:, None], duals, 0.0)))(others)
 
 
 def _duals(subspace: BatchSubspace, found: Found) -> jax.Array:

@@ -32,7 +32,7 @@ from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.explanation import explains, is_fitted
 from softinv_jax.batches.lanes import group_sizes, workers
 from softinv_jax.batches.last_example import MOST_STARTS, last_starts
-from softinv_jax.batches.lockstep import Found, fit_all, nothing_found, search_last, search_round
+from softinv_jax.batches.lockstep import Found, are_unrivalled, fit_all, nothing_found, search_last, search_round
 from softinv_jax.batches.proposals import propose
 from softinv_jax.batches.search import is_confined
 from softinv_jax.batches.subspace import BatchSubspace
@@ -138,9 +138,10 @@ def _search_group(spaces: list[BatchSpaces], asked: BatchAsked) -> list[BatchOut
     with ONE_FIT:
         fit = _in_places(sizes[0], whole, (subspaces, found), partial(fit_all, divisor=divisor))
     outcomes: list[BatchOutcome | None] = [None] * len(spaces)
+    clear = _in_places(sizes[0], whole, (subspaces, found), partial(are_unrivalled, divisor=divisor))
     for place, index in enumerate(whole):
         examples, joint = _at(fit, place)
-        if explains(joint):
+        if clear[place] and explains(joint):
             outcomes[index] = BatchOutcome(spaces[index], split(examples), joint, divisor, spaces[index].rank, usual)
     return outcomes
 
