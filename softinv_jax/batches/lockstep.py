@@ -1,8 +1,8 @@
 """The rounds of `confined_search` for many gradients at once: a few compiled programs, between which the host waits
 for nothing.
 
-`search_round`: starts along rays, solved among what is dual to the examples found already, each with the best choice of
-its classes; then all of them polished, each among what is dual to all others. `search_last`: one that is missing.
+`search_round`: starts along rays, solved among what is dual to the examples found already; then all of them polished,
+each among what is dual to all others. `search_last`: one that is missing.
 `fit_all`: all examples of each gradient fitted together. `are_unrivalled`: whether another choice of classes is about
 as likely for any of them, asked once, in the end.
 """
@@ -82,9 +82,7 @@ def search_round(
     """
     lanes = _propose(subspaces, before, is_wanted, divisor, rows, brief)
     solved = _solve(subspaces, lanes, is_wanted, divisor)
-    new, bare = _accept(subspaces, before, solved, lanes.steps > 0, is_wanted)
-    choices = _choices(subspaces, new, _solve(subspaces, bare, is_wanted, divisor), bare, is_wanted)
-    found, rough = _decide(subspaces, before, new, _solve(subspaces, choices, is_wanted, divisor), is_wanted)
+    found, rough = _accept(subspaces, before, solved, lanes.steps > 0, is_wanted)
     return _polish(subspaces, found, _solve(subspaces, rough, is_wanted, divisor), is_wanted)
 
 
@@ -171,15 +169,16 @@ def _propose(
 def _accept(
     subspaces: BatchSubspace, before: Found, solved: Component, is_start: jax.Array, is_wanted: jax.Array
 ) -> tuple[Found, _Lanes]:
-    """New examples behind the others, with `is_filled` for the new; and each with one class alone."""
+    """With new examples; and, as `polish`: each among what is dual to all others, and without a second class."""
 
     def one(each: tuple[BatchSubspace, Found, Component, jax.Array]) -> tuple[Found, _Lanes]:
-        subspace, found, solutions, valid = each
-        examples, is_new = _accepted(subspace, solutions, valid, found)
-        basis = _complement(_duals(subspace, found))
-        return Found(examples, is_new), _single(
-            subspace, examples, jnp.broadcast_to(basis, (len(is_new), *basis.shape))
-        )
+        subspace, known, solutions, valid = each
+        found = _accepted(subspace, solutions, valid, known)
+        examples = found.examples
+        targets = jnp.concatenate([examples.targets, examples.targets.at[:, 1:].set(-1)])
+        coordinates, weights = (jnp.concatenate([leaf] * 2) for leaf in (examples.coordinates, 1 / examples.deviation))
+        steps = jnp.tile(jnp.where(found.is_filled, POLISHING, 0), 2)
+        return found, _Lanes(coordinates, targets, weights, steps, jnp.concatenate([_complements(subspace, found)] * 2))
 
     return over_gradients(one, (subspaces, before, solved, is_start), is_wanted)
 
@@ -199,26 +198,6 @@ def _choices(subspaces: BatchSubspace, new: Found, bare: Component, lanes: _Lane
         return _Lanes(starts, choices, jnp.zeros((len(starts), len(subspace.left))), steps, bases)
 
     return over_gradients(one, (subspaces, new, bare, lanes), is_wanted)
-
-
-@jax.jit
-def _decide(
-    subspaces: BatchSubspace, before: Found, new: Found, solved: Component, is_wanted: jax.Array
-) -> tuple[Found, _Lanes]:
-    """The best choices; and, as `polish`: each among what is dual to all others, and without a second class."""
-
-    def one(each: tuple[BatchSubspace, Found, Found, Component]) -> tuple[Found, _Lanes]:
-        subspace, known, added, choices = each
-        examples = _best_choice(added.examples, added.is_filled, choices)
-        found = _each_once(subspace, Found(examples, known.is_filled | added.is_filled))
-        examples = found.examples
-        targets = jnp.concatenate([examples.targets, examples.targets.at[:, 1:].set(-1)])
-        coordinates, weights = (jnp.concatenate([leaf] * 2) for leaf in (examples.coordinates, 1 / examples.deviation))
-        bases = _complements(subspace, found)
-        steps = jnp.tile(jnp.where(found.is_filled, POLISHING, 0), 2)
-        return found, _Lanes(coordinates, targets, weights, steps, jnp.concatenate([bases] * 2))
-
-    return over_gradients(one, (subspaces, before, new, solved), is_wanted)
 
 
 @jax.jit
@@ -365,10 +344,8 @@ def _same(subspace: BatchSubspace, features: Component, others: Component) -> ja
     return jnp.abs(scaled @ others.dual.T) > 0.5 * jnp.abs(own)[:, None]
 
 
-def _accepted(
-    subspace: BatchSubspace, solved: Component, is_start: jax.Array, before: Found
-) -> tuple[Component, jax.Array]:
-    """As `accepted`: behind those found the likeliest, each different from all others; and which places are new."""
+def _accepted(subspace: BatchSubspace, solved: Component, is_start: jax.Array, before: Found) -> Found:
+    """As `accepted`: behind those found the likeliest, each different from all others."""
     rank = subspace.singular_values.size
     count = jnp.sum(before.is_filled)
     known = jnp.any(_same(subspace, solved, before.examples) & before.is_filled[None, :], axis=1)
@@ -388,7 +365,7 @@ def _accepted(
     def merge(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new[chosen], old)
 
-    return jax.tree.map(merge, before.examples, solved), is_new
+    return Found(jax.tree.map(merge, before.examples, solved), before.is_filled | is_new)
 
 
 def _each_once(subspace: BatchSubspace, found: Found) -> Found:
@@ -397,13 +374,6 @@ def _each_once(subspace: BatchSubspace, found: Found) -> Found:
     is_filled = found.is_filled & ~jnp.any(jnp.tril(same, -1), axis=1)
     order = argsort(jnp.where(is_filled, 0.0, 1.0))
     return jax.tree.map(lambda leaf: leaf[order], Found(found.examples, is_filled))
-
-
-def _best_choice(examples: Component, is_new: jax.Array, solved: Component) -> Component:
-    """As `unrivalled`: each new one with the best choice of its classes."""
-    options = _options([examples, *_parts(solved, len(is_new))])
-    prices = jnp.where(is_plausible(options) & is_new[None, :], cost(options), jnp.inf).at[0].set(cost(examples))
-    return _pick(options, argmin(prices.T))
 
 
 def _best_polished(found: Component, solved: Component) -> Component:
