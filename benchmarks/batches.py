@@ -18,6 +18,7 @@ in the JSON file.
 An example counts as found if its largest label error is below 1e-5, as imprecise if it is larger but
 within six of its own deviations, and a reported label that fits no example as spurious. `bound` counts the examples
 whose label the gradient fixes to 1e-5 at all (standard deviation of the best unbiased estimate at the truth).
+`together` is the time a batch where all of a row are searched at once, after compilation (`recover_batches`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.batches.component import Divisor
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import fit_jointly
+from softinv_jax.batches.many_batches import recover_batches
 from softinv_jax.batches.subspace import batch_subspace
 from softinv_jax.client import SoftLabelBatch, cross_entropy, sample_batch
 from softinv_jax.float64 import in_float64
@@ -126,6 +128,7 @@ COLUMNS = {
     "of these unique": lambda row: row["spurious_unique"],
     "largest error": lambda row: f"{row['largest_error']:.0e}",
     "seconds a batch": lambda row: f"{row['median_seconds']:.2f}",
+    "together": lambda row: f"{row['together_seconds']:.3f}" if "together_seconds" in row else "",
     "commit": lambda row: row["commit"],
 }
 CASE = ("network", "classes", "batch_size", "format")
@@ -207,7 +210,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: some batches of one size and format."""
     counts = dict.fromkeys(("found", "imprecise", "spurious", "spurious_unique", "identifiable"), 0)
-    largest, seconds = 0.0, []
+    largest, seconds, all_seen = 0.0, [], []
     rng = np.random.default_rng([number_of_classes, size])
     if number_of_classes > classes.max() + 1:  # With more classes than the data set has, images get classes at random.
         classes = rng.integers(0, number_of_classes, len(images)).astype(np.int32)
@@ -220,6 +223,7 @@ def measure(
         if unknown_scale:
             size_of_factor = np.exp(3 * np.random.default_rng([number_of_classes, size, index]).standard_normal())
             seen = gradient * np.float32(-size_of_factor if index % 5 == 4 else size_of_factor)
+        all_seen.append(np.asarray(seen))
         start = time.perf_counter()
         recovery = recover_batch(softinv_jax.observe(weight, seen), size, unknown_scale=unknown_scale)
         seconds.append(time.perf_counter() - start)
@@ -237,8 +241,19 @@ def measure(
         **counts,
         "largest_error": largest,
         "median_seconds": float(np.median(seconds)),
+        "together_seconds": time_together(softinv_jax.observe(weight, np.stack(all_seen)), size, unknown_scale),
         "commit": run.commit,
     }
+
+
+def time_together(observation: softinv_jax.Observation, size: int, unknown_scale: bool) -> float:
+    """Seconds a batch, of all of them at once; the second time, when everything is compiled."""
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        recover_batches(observation, size, unknown_scale=unknown_scale)
+        seconds = time.perf_counter() - start
+    return seconds / len(observation.weight_gradient)
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:

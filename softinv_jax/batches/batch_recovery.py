@@ -1,15 +1,14 @@
 """`recover_batch`: every example's soft label and feature from one averaged gradient, each with a verdict."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
-from softinv_jax.batches.batch_search import BatchAsked, BatchOutcome, search_all
+from softinv_jax.batches.batch_search import BatchAsked, BatchGradient, BatchOutcome, search_all
 from softinv_jax.batches.component import Component
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.evidence import example_surprise, joint_surprise
@@ -18,7 +17,7 @@ from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.explanations import SHARP_LABEL, UNIQUE_SURPRISE
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
-from softinv_jax.observation.head import Observation, append_bias, observe
+from softinv_jax.observation.head import Observation, observe
 
 __all__ = ["BatchLoss", "BatchRecovery", "Reduction", "recover_batch"]
 
@@ -111,7 +110,21 @@ def recover_batch(
             "recover_batch takes one gradient (C, d), but weight_gradient has shape"
             f" {observation.weight_gradient.shape}; call it for each"
         )
-    number_of_classes, features = observation.weight.shape
+    asked = batch_asked(observation.weight.shape, batch_size, reduction, unknown_scale, loss)
+    return _recover_batch(observation, asked, progress or (lambda found, total: None))
+
+
+@in_float64
+def _recover_batch(observation: Observation, asked: BatchAsked, progress: Callable[[int, int], None]) -> BatchRecovery:
+    (gradient,) = batch_gradients(observation)
+    return conclude_batch(gradient, search_all(gradient, asked, progress))
+
+
+def batch_asked(
+    shape: tuple[int, ...], batch_size: int | str, reduction: str, unknown_scale: bool, loss: str
+) -> BatchAsked:
+    """What was told of the batch, checked; shape: (C, d) of the head's weight."""
+    number_of_classes, features = shape
     if batch_size != "auto":
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
@@ -125,20 +138,38 @@ def recover_batch(
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     if loss not in get_args(BatchLoss):
         raise ValueError(f"loss of a batch must be one of {', '.join(get_args(BatchLoss))}, not {loss!r}")
-    asked = BatchAsked(None if batch_size == "auto" else int(batch_size), reduction == "mean", not unknown_scale, loss)
-    return _recover_batch(observation, asked, progress or (lambda found, total: None))
+    size = None if batch_size == "auto" else int(batch_size)
+    return BatchAsked(size, reduction == "mean", not unknown_scale, loss)  # type: ignore[arg-type]
 
 
-@in_float64
-def _recover_batch(observation: Observation, asked: BatchAsked, progress: Callable[[int, int], None]) -> BatchRecovery:
+def batch_gradients(observation: Observation) -> Iterator[BatchGradient]:
+    """The gradient of an observation, or each of N, on the host."""
+    has_bias = observation.bias is not None
+    weight = np.asarray(observation.weight, np.float64)
     dtype = np.dtype(observation.weight_gradient.dtype)
-    weight, gradient = append_bias(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), observation))
-    known_noise = None if observation.noise is None else np.asarray(observation.noise, np.float64)
-    outcome = search_all(weight, gradient, dtype, known_noise, observation.bias is not None, asked, progress)
-    rows = _Rows(outcome, observation.weight.shape)
+    gradients = np.asarray(observation.weight_gradient)
+    biases = np.asarray(observation.bias_gradient) if has_bias else gradients[..., :0]
+    noises = None if observation.noise is None else np.asarray(observation.noise, np.float64)
+    if has_bias:
+        weight = np.concatenate([weight, np.asarray(observation.bias, np.float64)[:, None]], axis=1)
+    number_of_classes, features = observation.weight.shape
+    count = gradients.size // max(number_of_classes * features, 1)
+    gradients = gradients.reshape(count, number_of_classes, features)
+    for index in range(count):
+        values = gradients[index].astype(np.float64)
+        if has_bias:
+            bias = biases.reshape(count, number_of_classes, 1)[index].astype(dtype).astype(np.float64)
+            values = np.concatenate([values, bias], axis=1)
+        noise = None if noises is None else noises.reshape(count, number_of_classes)[index]
+        yield BatchGradient(weight, values, dtype, noise, has_bias)
+
+
+def conclude_batch(gradient: BatchGradient, outcome: BatchOutcome) -> BatchRecovery:
+    """Deviations, verdicts and what goes with them."""
+    rows = _Rows(outcome, (len(gradient.weight), gradient.weight.shape[1] - gradient.has_bias))
     rows.fill()
     rows.conclude()
-    return _finish(observation, gradient, outcome, rows)
+    return _finish(gradient, outcome, rows)
 
 
 class _Rows:
@@ -188,7 +219,7 @@ class _Rows:
             self.targets[row] = one.targets[np.argsort(-weights)]
             self.surprise[row] = example_surprise(subspace, one, known_divisor=known and not self.own_divisors)
             self.misfit[row] = one.misfit
-            prediction = np.asarray(jax.nn.softmax(subspace.directions @ coordinates))
+            prediction = softmax(subspace.directions @ coordinates)
             self.predicted += np.outer(prediction - structured, full) / divisor
         if joint is not None:
             self.together = joint_surprise(subspace, outcome.found, known_divisor=known, own_divisors=self.own_divisors)
@@ -220,13 +251,13 @@ class _Rows:
         return bool(np.all(np.abs(self.label[row] - unit) <= TOLERANCE * self.label_deviation[row] + 1e-6))
 
 
-def _finish(observation: Observation, gradient: jax.Array, outcome: BatchOutcome, rows: _Rows) -> BatchRecovery:
+def _finish(gradient: BatchGradient, outcome: BatchOutcome, rows: _Rows) -> BatchRecovery:
     divisor, joint = outcome.divisor, outcome.joint
-    size = np.linalg.norm(gradient)
+    size = np.linalg.norm(gradient.values)
     scale, deviation = outcome.usual / divisor.value, divisor.deviation
     if not np.any(rows.verdict >= Verdict.AMBIGUOUS) and deviation != 0:
         scale, deviation = math.nan, math.nan
-    kind = np.promote_types(np.dtype(observation.weight_gradient.dtype), np.float32)
+    kind = np.promote_types(gradient.dtype, np.float32)
     return BatchRecovery(
         label=rows.label.astype(kind),
         feature=rows.feature.astype(kind),
@@ -247,7 +278,7 @@ def _finish(observation: Observation, gradient: jax.Array, outcome: BatchOutcome
         refuted=outcome.refuted,
         joint_misfit=math.nan if joint is None else float(joint.misfit),
         joint_surprise=rows.together,
-        residual=float(np.linalg.norm(np.asarray(gradient) - rows.predicted) / (size if size else 1.0)),
+        residual=float(np.linalg.norm(gradient.values - rows.predicted) / (size if size else 1.0)),
     )
 
 

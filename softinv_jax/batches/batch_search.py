@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.factor_search import search_own_factors, whole_multiples
@@ -18,7 +18,15 @@ from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.explanations import UNBALANCED
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["BatchAsked", "BatchOutcome", "BatchSpaces", "search_all"]
+__all__ = [
+    "BatchAsked",
+    "BatchGradient",
+    "BatchOutcome",
+    "BatchSpaces",
+    "balanced",
+    "search_all",
+    "usual_divisor",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -72,45 +80,66 @@ class BatchOutcome:
         return 0 < len(self.found) == self.spaces.rank
 
 
+@dataclass(frozen=True)
+class BatchGradient:
+    """One gradient of a batch. weight, values: (C, d) float64, with the bias as last column, where `has_bias`.
+
+    dtype: of the gradient as it came. known_noise: (C,) standard deviation of noise on each row's entries, or None.
+    """
+
+    weight: np.ndarray
+    values: np.ndarray
+    dtype: np.dtype
+    known_noise: np.ndarray | None
+    has_bias: bool
+
+    def decompose(self, largest: int | None) -> BatchSpaces:
+        """Of the rank that shows, `largest` at most."""
+        return BatchSpaces(
+            *batch_subspace(
+                self.weight,
+                self.values,
+                largest,
+                self.dtype,
+                has_bias=self.has_bias,
+                known_noise=self.known_noise,
+            )
+        )
+
+
 def search_all(
-    weight: jax.Array,
-    gradient: jax.Array,
-    dtype: np.dtype,
-    known_noise: np.ndarray | None,
-    has_bias: bool,
-    asked: BatchAsked,
-    progress: Progress,
+    gradient: BatchGradient, asked: BatchAsked, progress: Progress, shown: BatchSpaces | None = None
 ) -> BatchOutcome:
     """Find the examples of a batch under what was told, and where that fails under what the gradient says instead.
 
     Args:
-      weight, gradient: (C, d) float64, with the bias as last column. dtype: of the gradient as it came.
-      known_noise: (C,) or None. has_bias, asked: see `BatchAsked`. progress: called with (found, batch size).
+      gradient: of the batch. asked: what was told. progress: called with (found, batch size).
+      shown: the gradient, decomposed, where it was before.
     """
-
-    def decompose(largest: int | None) -> BatchSpaces:
-        parts = batch_subspace(weight, gradient, largest, dtype, has_bias=has_bias, known_noise=known_noise)
-        return BatchSpaces(*parts)
-
-    shown = decompose(None)
-    told = asked.batch_size
+    shown, told = shown or gradient.decompose(None), asked.batch_size
     if told is None or shown.rank in (0, told):
         first = _search(shown, told or shown.rank, asked, progress)
     elif shown.rank > told:
-        first = _other_size(shown, decompose(told), asked, progress)
+        first = _other_size(shown, gradient.decompose(told), asked, progress)
     else:
         first = _fewer(shown, told, asked, progress)
-    refuted = first.refuted | _unbalanced(np.asarray(gradient), np.asarray(first.spaces.subspace.noise))
-    return BatchOutcome(**{**vars(first), "refuted": refuted})
+    return balanced(first, gradient)
 
 
-def _usual(size: int, asked: BatchAsked) -> float:
+def balanced(outcome: BatchOutcome, gradient: BatchGradient) -> BatchOutcome:
+    """With the flags of a gradient whose rows do not add up to zero."""
+    refuted = outcome.refuted | _unbalanced(gradient.values, outcome.spaces.subspace.noise)
+    return replace(outcome, refuted=refuted)
+
+
+def usual_divisor(size: int, asked: BatchAsked) -> float:
+    """D at scale 1."""
     return float(size) if asked.is_mean else 1.0
 
 
 def _search(spaces: BatchSpaces, size: int, asked: BatchAsked, progress: Progress) -> BatchOutcome:
     """As told; then with a factor on each example."""
-    usual = _usual(size, asked)
+    usual = usual_divisor(size, asked)
     outcome = BatchOutcome(spaces, [], None, Divisor(usual if asked.told_scale else math.nan), size, usual)
     if spaces.rank == 0:
         return outcome
@@ -123,7 +152,7 @@ def _search(spaces: BatchSpaces, size: int, asked: BatchAsked, progress: Progres
 
 def _plain(spaces: BatchSpaces, size: int, asked: BatchAsked, progress: Progress) -> BatchOutcome:
     """One factor for all: 1, or unknown."""
-    usual = _usual(size, asked)
+    usual = usual_divisor(size, asked)
     if asked.told_scale:
         divisor = Divisor(usual)
         found, joint = search_batch(spaces.subspace, divisor, progress, size)
@@ -179,10 +208,10 @@ def _fewer(shown: BatchSpaces, told: int, asked: BatchAsked, progress: Progress)
     return BatchOutcome(**{**vars(plain), "refuted": plain.refuted | int(flags)})
 
 
-def _unbalanced(gradient: np.ndarray, noise: np.ndarray) -> int:
+def _unbalanced(gradient: np.ndarray, noise: ArrayLike) -> int:
     """Flags where the rows do not add up to zero, as those of every softmax loss do."""
     sums = np.linalg.norm(gradient.sum(axis=0))
-    expected = TOLERANCE * np.sqrt(gradient.shape[1] * np.sum(noise**2))
+    expected = TOLERANCE * np.sqrt(gradient.shape[1] * np.sum(np.asarray(noise) ** 2))
     if sums <= expected + UNBALANCED * np.linalg.norm(gradient):
         return 0
     empty = np.any(np.all(gradient == 0, axis=1))

@@ -32,6 +32,7 @@ __all__ = [
     "is_same",
     "largest_misfit",
     "overlaps",
+    "plausible",
     "solve",
     "split",
     "take_worst",
@@ -83,29 +84,37 @@ def split(stacked: Component) -> list[Component]:
     return [jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(len(stacked.misfit))]
 
 
-def largest_misfit(freedom: float) -> float:
-    """Root mean square residual, in standard deviations, that noise may cause.
+def plausible(stacked: Component) -> list[Component]:
+    """Those that are, one by one."""
+    return split(jax.tree.map(lambda leaf: leaf[is_plausible(stacked)], stacked))
+
+
+def largest_misfit(freedom: Any) -> Any:
+    """Root mean square residual, in standard deviations, that noise may cause; of numbers, NumPy or jax arrays.
 
     A single one may miss by TOLERANCE deviations, few may be no more than that one, and many have at most half of it as
     their root mean square: with many degrees of freedom six of its own deviations above what expecting too little noise
     explains.
     """
-    few = max(TOLERANCE / 2, TOLERANCE / math.sqrt(freedom))
-    return min(few, LARGEST_EXPECTED * (1 + TOLERANCE / math.sqrt(2 * freedom)))
+    few = TOLERANCE / (freedom**0.5).clip(max=2.0)
+    return few.clip(max=LARGEST_EXPECTED * (1 + TOLERANCE / (2 * freedom) ** 0.5))
 
 
-def is_plausible(one: Component) -> bool:
-    """Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label."""
+def is_plausible(one: Component) -> Any:
+    """() or with the solutions' leading axis; NumPy or jax, as they are.
+
+    Converged, residuals as small as expected, dual to itself, constant feature 1 if there is one, and a label.
+    """
     # The label's common level has errors of its own, which entries have in common.
-    reach = 2 * TOLERANCE * np.hypot(one.label_deviation, one.level_deviation)
-    return bool(
-        np.isfinite(one.misfit)
-        and one.misfit <= largest_misfit(float(one.freedom))
-        and one.decrement <= 1
-        and abs(one.duality) <= min(TOLERANCE * float(one.duality_deviation) + 1e-9, 0.5)
-        and abs(one.constant_error) <= 1e-6
-        and np.all(one.label >= -reach)
-        and np.all(one.label <= 1 + reach)
+    hypot = jnp.hypot if isinstance(one.misfit, jax.Array) else np.hypot
+    reach = 2 * TOLERANCE * hypot(one.label_deviation, one.level_deviation[..., None])
+    return (
+        (one.misfit <= largest_misfit(one.freedom))
+        & (one.decrement <= 1)
+        & (abs(one.duality) <= (TOLERANCE * one.duality_deviation + 1e-9).clip(max=0.5))
+        & (abs(one.constant_error) <= 1e-6)
+        & (one.label >= -reach).all(axis=-1)
+        & (one.label <= 1 + reach).all(axis=-1)
     )
 
 
@@ -119,12 +128,15 @@ def take_worst(found: list[Component]) -> Component:
     return found.pop(max(range(len(found)), key=lambda index: found[index].misfit))
 
 
-def cost(one: Component) -> float:
-    """Chi^2 with a price on each class singled out: twice minus the logarithm of its chance among C classes."""
-    number_of_classes, rank = one.label.size, one.coordinates.size
-    singled = int(np.sum(one.targets >= 0))
-    freedom = max(number_of_classes - singled - 2 * rank, 1)
-    return float(one.misfit**2 * freedom + 2 * singled * math.log(10 * number_of_classes))
+def cost(one: Component) -> Any:
+    """Chi^2 with a price on each class singled out: twice minus the logarithm of its chance among C classes.
+
+    () or with the solutions' leading axis; NumPy or jax, as they are.
+    """
+    number_of_classes, rank = one.label.shape[-1], one.coordinates.shape[-1]
+    singled = (one.targets >= 0).sum(axis=-1)
+    freedom = (number_of_classes - singled - 2 * rank).clip(min=1)
+    return one.misfit**2 * freedom + 2 * singled * math.log(10 * number_of_classes)
 
 
 def is_same(first: Component, second: Component, values: np.ndarray) -> bool:
@@ -149,7 +161,7 @@ def accepted(
 ) -> list[Component]:
     """Plausible solutions, the likeliest first, each different from all others."""
     values = np.asarray(subspace.singular_values)
-    candidates = sorted((one for one in split(solved) if is_plausible(one)), key=cost)
+    candidates = sorted(plausible(solved), key=cost)
     taken: list[Component] = []
     for one in candidates:
         if len(found) + len(taken) >= values.size:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from softinv_jax.batches.elimination import Eliminator, eliminate_linear, singled_out
+from softinv_jax.batches.lanes import over_lanes
 from softinv_jax.batches.least_squares import minimise
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
@@ -192,7 +193,7 @@ def solve_components(
       starts: (n, B) coordinates. targets: (n, TARGETS) classes assumed to be singled out, -1 for none.
       weights: (n, C) of the residuals, one over the deviations (`starting_weights`).
       divisor: D.
-      iterations: at most; with 0 the starts themselves are described.
+      iterations: at most, for all or (n,); with 0 the starts themselves are described.
       bases: (n, B, B), or (B, B) for all, orthonormal columns, or zeros in the last places: each a is confined to what
         they span; all of it as it is.
       thorough: as for `minimise`.
@@ -204,17 +205,19 @@ def solve_components(
     rank = starts.shape[1]
     bases = jnp.broadcast_to(jnp.eye(rank) if bases is None else bases, (len(starts), rank, rank))
 
-    def one(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Component:
-        start, chosen, own, basis = inputs
+    steps = jnp.broadcast_to(jnp.asarray(iterations, jnp.int32), (len(starts),))
+
+    def one(inputs: tuple[jax.Array, ...]) -> Component:
+        start, chosen, own, basis, steps = inputs
         confined = subspace.confined(basis)
         eliminator = eliminate_linear(confined, chosen, own)
-        found = _search(confined, start @ basis, eliminator, divisor, iterations, thorough)
-        settling = jnp.minimum(iterations, SETTLING)
+        found = _search(confined, start @ basis, eliminator, divisor, steps, thorough)
+        settling = jnp.minimum(steps, SETTLING)
         found = _settle(confined, found, chosen, _weights(confined, found, eliminator), divisor, settling, thorough)
         solution = _describe(confined, found, chosen, _weights(confined, found, eliminator), divisor)
         return replace(solution, coordinates=basis @ found)
 
-    return jax.lax.map(one, (starts, targets, weights, bases), batch_size=8)
+    return over_lanes(one, (starts, targets, weights, bases, steps))
 
 
 def _describe(
@@ -311,7 +314,7 @@ def starting_weights(subspace: BatchSubspace, starts: jax.Array, targets: jax.Ar
         start, chosen = inputs
         return _weights(subspace, start, eliminate_linear(subspace, chosen, 1 / subspace.noise))
 
-    return jax.lax.map(one, (starts, targets), batch_size=8)
+    return over_lanes(one, (starts, targets))
 
 
 def prediction_error(subspace: BatchSubspace, coordinates: jax.Array, prediction: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from softinv_jax.batches.joint import JointFit, fit_jointly
 from softinv_jax.batches.subspace import BatchSubspace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["explains", "fit_found"]
+__all__ = ["explains", "fit_found", "is_fitted"]
 
 SMALLEST_EXPECTED = 0.01  # Of a client that rounds far less than it is given credit for.
 # With more unknowns than this, whose normal matrix alone has 288 MiB, the joint fit is left out.
@@ -26,8 +26,7 @@ def fit_found(
     Args:
       divisors: (n,) D of each example, where they have their own.
     """
-    rank = subspace.singular_values.size
-    if rank * (rank + TARGETS) > LARGEST_JOINT:
+    if not is_fitted(subspace.singular_values.size):
         return None
     coordinates = jnp.asarray([one.coordinates for one in found])
     targets = np.array([one.targets for one in found], np.int32)
@@ -37,11 +36,16 @@ def fit_found(
     return jax.tree.map(np.asarray, fit)
 
 
+def is_fitted(rank: int) -> bool:
+    """Whether the joint fit of so many examples is no larger than it may be."""
+    return rank * (rank + TARGETS) <= LARGEST_JOINT
+
+
 def explains(joint: JointFit) -> bool:
     """Converged, with residuals no larger than noise may make them, however few degrees of freedom.
 
     And not next to nothing: then it is the noise that is too large, of an example that ran off to infinity.
     """
     smallest = 0.0 if joint.freedom <= 1 else SMALLEST_EXPECTED
-    largest = min(TOLERANCE / 2, largest_misfit(float(joint.freedom)))
+    largest = min(TOLERANCE / 2, largest_misfit(np.float64(joint.freedom)))
     return bool(joint.decrement <= 1 and smallest <= joint.misfit <= largest)

@@ -16,6 +16,7 @@ from softinv_jax.batches.component import Divisor, prediction_error
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.least_squares import NormalEquations, minimise
 from softinv_jax.batches.subspace import BatchSubspace
+from softinv_jax.linear_algebra import orthonormal_columns
 
 __all__ = ["JointFit", "fit_jointly"]
 
@@ -23,6 +24,7 @@ STEPS = 60
 # Fits to the residuals of the fit before, until no row is fitted any better: as the logarithm of its mean square.
 PASSES = 12
 SETTLED = 0.1
+SQUARINGS = 24
 
 
 class JointFit(NamedTuple):
@@ -55,7 +57,7 @@ class _Point(NamedTuple):
 
 
 class _Whitening(NamedTuple):
-    """Noise over the rows of G V: deviations (C,) of their own, and directions (C, k) that they share, shrunk (k,)."""
+    """Noise over the rows of G V: deviations (C,) of their own, and directions (C, k) that they share, less (k, k)."""
 
     own: jax.Array
     directions: jax.Array
@@ -95,6 +97,7 @@ def fit_jointly(
     divisors: jax.Array | None = None,
     *,
     own_divisors: bool = False,
+    skipped: jax.Array | bool = False,
 ) -> JointFit:
     """Levenberg-Marquardt on all unknowns at once, until it gains nothing more.
 
@@ -104,6 +107,7 @@ def fit_jointly(
       divisor: D; free unless its deviation is 0.
       divisors: (n,) D of each example to start from, where they have their own.
       own_divisors: each example has its own D (class weights, one image twice): n more unknowns.
+      skipped: () bool, to take no step: where many are fitted at once, and some are not worth it.
     """
     problem = _problem(subspace, coordinates, targets, divisor, divisors, own_divisors)
     tail = jnp.zeros((len(coordinates) if own_divisors else 1,))
@@ -112,7 +116,7 @@ def fit_jointly(
     fit = partial(_fit_once, problem)
     # The best known rows count only as far as the fit has got to, so that they do not hide all others.
     equations = jax.tree.map(jnp.zeros_like, jax.eval_shape(fit, (0, flat, None, 0.0, False))[2])
-    state = (jnp.int32(0), flat, equations, jnp.asarray(jnp.inf), jnp.asarray(False))
+    state = (jnp.int32(0), flat, equations, jnp.asarray(jnp.inf), jnp.asarray(skipped))
     _, flat, equations, _, _ = jax.lax.while_loop(lambda state: ~state[-1], fit, state)
     return _describe(problem, flat, equations)
 
@@ -131,8 +135,7 @@ def _problem(
     singled = jax.nn.one_hot(targets, number_of_classes, dtype=jnp.float64) - used[..., None] / number_of_classes
     # Features resemble each other, so that errors of a softmax entry, which come times the feature, lie in one
     # direction of the row space more than in all others.
-    main = jnp.linalg.svd(coordinates, full_matrices=False)[2][0]
-    along = main[:, None] * main[None, :]
+    along = _main_projector(coordinates)
     return _Problem(
         subspace=subspace,
         used=used,
@@ -143,6 +146,15 @@ def _problem(
         along=along,
         across=jnp.eye(rank) - along,
     )
+
+
+def _main_projector(coordinates: jax.Array) -> jax.Array:
+    """(r, r) on the main direction of (n, r): a high power of their scatter, which needs no LAPACK."""
+    power = coordinates.T @ coordinates
+    for _ in range(SQUARINGS):
+        power = power / jnp.maximum(jnp.linalg.norm(power), 1e-300)
+        power = power @ power
+    return power / jnp.maximum(jnp.trace(power), 1e-300)
 
 
 def _labels(problem: _Problem, weights: jax.Array) -> jax.Array:
@@ -176,14 +188,18 @@ def _whitening(problem: _Problem, deviation: jax.Array) -> _Whitening:
     common = problem.subspace.common
     shared = jnp.sum(common**2, axis=1)
     own = jnp.sqrt(jnp.maximum(deviation**2 - shared, 0.01 * deviation**2))
-    directions, size, _ = jnp.linalg.svd(common / own[:, None], full_matrices=False)
-    return _Whitening(own, directions, 1 - 1 / jnp.sqrt(1 + size**2))
+    shared = common / own[:, None]
+    directions = orthonormal_columns(shared)[0]
+    # With Q those directions and Q R what is shared, T^T (1 + R R^T) T = 1 for the triangle T of [1, R]^T.
+    unit = jnp.eye(common.shape[1])
+    triangle = orthonormal_columns(jnp.concatenate([unit, (directions.T @ shared).T]))[1]
+    return _Whitening(own, directions, unit - triangle)
 
 
 def _whitened(values: jax.Array, noise: _Whitening) -> jax.Array:
     """(..., C) in standard deviations, made independent over rows of G V where their noise is not."""
     scaled = values / noise.own.reshape((1,) * (values.ndim - 1) + (-1,))
-    return scaled - (scaled @ (noise.directions * noise.shrinkage[None, :])) @ noise.directions.T
+    return scaled - (scaled @ noise.directions @ noise.shrinkage) @ noise.directions.T
 
 
 def _residuals(problem: _Problem, noises: tuple[_Whitening, ...], flat: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,5 +1,7 @@
 """Whether all examples of a batch are found; the last one, when all others are."""
 
+from typing import Any
+
 import numpy as np
 
 from softinv_jax.batches.candidates import complement, cost, is_nontrivial, is_same, solve, split
@@ -9,10 +11,11 @@ from softinv_jax.batches.explanation import explains, fit_found
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.subspace import BatchSubspace
 
-__all__ = ["completed"]
+__all__ = ["MOST_STARTS", "completed", "is_near", "last_starts"]
 
 SCAN = 1000  # Scalars tried for the last example, of either sign,
-LAST_STARTS = 32  # how many of them are refined,
+LAST_STARTS = 32  # how many of them are refined, and as many more,
+MOST_STARTS = 2 * TARGETS * LAST_STARTS  # with each number of classes,
 LAST_STEPS = 20  # by how many steps,
 LAST_TRIED = 6  # and how many then take part in a joint fit,
 LAST_CONFINED = 2  # where the other equations tell them apart.
@@ -39,24 +42,14 @@ def completed(
 def _with_last(
     subspace: BatchSubspace, found: list[Component], divisor: Divisor, *, confined: bool
 ) -> tuple[list[Component], JointFit] | None:
-    """The last example: its two factors are known up to one scalar, as those of a single example's gradient are.
-
-    Dual to all others, x and g have one direction left each; duality fixes their product. The scalar is scanned, and
-    what explains most is left to the joint fit, which also sharpens the others.
-    """
-    left, values = np.asarray(subspace.left), np.asarray(subspace.singular_values)
-    basis = complement(found, values)
-    others = np.array([one.coordinates / values for one in found]).reshape(len(found), values.size)
-    direction, dual = basis[:, 0], np.linalg.svd(others)[2][-1]
-    product = (direction / values) @ dual
-    if not np.isfinite(product) or product == 0:
+    """What explains most of the last one's equation is left to the joint fit, which also sharpens the others."""
+    values = np.asarray(subspace.singular_values)
+    starts, targets = last_starts(subspace, found, divisor)
+    if not len(starts):
         return None
-    dual = dual * divisor.value / product
-    constant = float(np.asarray(subspace.constant) @ direction)
-    scalars, targets = _scan_scalars(np.asarray(subspace.directions) @ direction, left @ dual, constant)
-    starts = scalars[:, None] * direction
+    basis = complement(found, values)
     solved = split(solve(subspace, starts, targets, divisor, None, LAST_STEPS, basis if confined else None))
-    worthy = _is_near if confined else is_nontrivial
+    worthy = is_near if confined else is_nontrivial
     for one in sorted(filter(worthy, solved), key=cost)[: LAST_CONFINED if confined else LAST_TRIED]:
         if any(is_same(one, other, values) for other in found):
             continue
@@ -66,13 +59,34 @@ def _with_last(
     return None
 
 
-def _is_near(one: Component) -> bool:
-    """A label, nearly, and dual to itself, nearly: errors of the others are in it, which its deviations do not know."""
-    return bool(
-        one.misfit <= LARGEST_MISFIT
-        and abs(one.duality) <= LARGEST_ERROR
-        and np.all(one.label >= -LARGEST_ERROR)
-        and np.all(one.label <= 1 + LARGEST_ERROR)
+def last_starts(subspace: BatchSubspace, found: list[Component], divisor: Divisor) -> tuple[np.ndarray, np.ndarray]:
+    """Starts (n, B) for the last example and the classes it may single out, (n, TARGETS); n is at most MOST_STARTS.
+
+    Its two factors are known up to one scalar, as those of a single example's gradient are. Dual to all others, x and g
+    have one direction left each; duality fixes their product. The scalar is scanned.
+    """
+    left, values = np.asarray(subspace.left), np.asarray(subspace.singular_values)
+    others = np.array([one.coordinates / values for one in found]).reshape(len(found), values.size)
+    direction, dual = complement(found, values)[:, 0], np.linalg.svd(others)[2][-1]
+    product = (direction / values) @ dual
+    if not np.isfinite(product) or product == 0:
+        return np.zeros((0, values.size)), np.zeros((0, TARGETS), np.int32)
+    dual = dual * divisor.value / product
+    constant = float(np.asarray(subspace.constant) @ direction)
+    scalars, targets = _scan_scalars(np.asarray(subspace.directions) @ direction, left @ dual, constant)
+    return scalars[:, None] * direction, targets
+
+
+def is_near(one: Component) -> Any:
+    """A label, nearly, and dual to itself, nearly: errors of the others are in it, which its deviations do not know.
+
+    () or with the solutions' leading axis; NumPy or jax, as they are.
+    """
+    return (
+        (one.misfit <= LARGEST_MISFIT)
+        & (abs(one.duality) <= LARGEST_ERROR)
+        & (one.label >= -LARGEST_ERROR).all(axis=-1)
+        & (one.label <= 1 + LARGEST_ERROR).all(axis=-1)
     )
 
 

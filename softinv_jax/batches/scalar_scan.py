@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.batches.elimination import TARGETS, eliminate_linear
+from softinv_jax.batches.lanes import over_lanes
 from softinv_jax.batches.subspace import BatchSubspace
 
 __all__ = ["scan_rays"]
@@ -46,8 +47,7 @@ def scan_rays(subspace: BatchSubspace, rays: jax.Array, classes: jax.Array) -> t
         spread = jnp.sqrt(jnp.sum((weighted - uniform[:, None] * (uniform @ weighted)[None, :]) ** 2, axis=0))
         # A residual that the eliminated unknowns have absorbed in part stands for more.
         relative = jnp.abs(residual) / jnp.sqrt(eliminate.share())[:, None] / jnp.maximum(spread, 1e-300)[None, :]
-        largest = jax.lax.top_k(relative.T, OUTLIERS)[0]
-        loss = jnp.sqrt(jnp.maximum(jnp.sum(relative**2, axis=0) - jnp.sum(largest**2, axis=1), 0.0))
+        loss = jnp.sqrt(jnp.maximum(jnp.sum(_without_largest(relative**2), axis=0), 0.0))
         padded = jnp.pad(loss, 1, constant_values=jnp.inf)
         minima = (loss < padded[:-2]) & (loss <= padded[2:])
         # The smallest first: at large sizes a softmax of one class alone fits any gradient.
@@ -56,4 +56,11 @@ def scan_rays(subspace: BatchSubspace, rays: jax.Array, classes: jax.Array) -> t
         worst = jax.lax.top_k(relative[:, best].T, OUTLIERS)[1].astype(jnp.int32)
         return jnp.asarray(SIZES)[best, None] * ray[None, :], worst, score[best] > -loss.size
 
-    return jax.lax.map(one, (rays, classes), batch_size=8)
+    return over_lanes(one, (rays, classes))
+
+
+def _without_largest(values: jax.Array) -> jax.Array:
+    """(C, n) with the OUTLIERS largest of each column at 0. A maximum each: sorting costs a CPU ten times as much."""
+    for _ in range(OUTLIERS):
+        values = jnp.where(values == jnp.max(values, axis=0, keepdims=True), 0.0, values)
+    return values

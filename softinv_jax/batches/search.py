@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
 from softinv_jax.batches.assembly import search_assembling
 from softinv_jax.batches.component import Component, Divisor
 from softinv_jax.batches.confined_search import search_confined
@@ -9,7 +12,7 @@ from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.batches.joint import JointFit
 from softinv_jax.batches.subspace import BatchSubspace
 
-__all__ = ["search_batch"]
+__all__ = ["is_confined", "search_batch"]
 
 
 def search_batch(
@@ -27,7 +30,11 @@ def search_batch(
       What was found, and the joint fit that is consistent with all of it; None where examples are missing, or the fit
       would be too large.
     """
+    search = search_confined if is_confined(subspace) else search_assembling
+    return search(jax.tree.map(jnp.asarray, subspace), divisor, progress, total)
+
+
+def is_confined(subspace: BatchSubspace) -> bool:
+    """Whether one example's own equation, less its B + B unknowns, has any to spare for telling right from wrong."""
     number_of_classes, rank = subspace.left.shape
-    # Whether one example's own equation, less its B + B unknowns, has any to spare for telling right from wrong.
-    tells = number_of_classes - 1 - rank > rank + TARGETS
-    return (search_confined if tells else search_assembling)(subspace, divisor, progress, total)
+    return number_of_classes - 1 - rank > rank + TARGETS

@@ -8,10 +8,12 @@ attack works with a_b alone.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from softinv_jax.observation.rank_one import unit_roundoff
 
@@ -98,8 +100,8 @@ def _rounding_rank(values: np.ndarray, edge: float) -> int | None:
 
 
 def batch_subspace(
-    weight: jax.Array,
-    gradient: jax.Array,
+    weight: ArrayLike,
+    gradient: ArrayLike,
     largest: int | None,
     dtype: np.dtype,
     *,
@@ -109,14 +111,14 @@ def batch_subspace(
     """Decompose a gradient.
 
     Args:
-      weight, gradient: (C, d) float64, with the bias as last column where there is one.
+      weight, gradient: (C, d) float64, NumPy or jax, with the bias as last column where there is one.
       largest: B, where it is known: a higher rank is noise that has no clear edge.
       dtype: the gradient's own dtype.
       has_bias: whether the last column is a bias.
       known_noise: (C,) standard deviation of noise on each row's entries, where it is known.
 
     Returns:
-      The subspace, V (d, B), and all singular values, in units of the noise.
+      The subspace (of NumPy arrays), V (d, B), and all singular values, in units of the noise.
     """
     matrix = np.asarray(gradient)
     rows, columns = matrix.shape
@@ -129,10 +131,11 @@ def batch_subspace(
     if known_noise is not None:
         noise = np.hypot(noise, known_noise)
     noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
-    _, values, right = _whitened(matrix, noise)
+    triangle, rotation = _triangle(matrix)
+    _, values, right = _whitened(triangle, rotation, noise)
     rank = _rounding_rank(values, np.sqrt(rows) + np.sqrt(columns))
     if rank is None:
-        _, values, right = _whitened(matrix, np.ones(rows))
+        _, values, right = _whitened(triangle, rotation, np.ones(rows))
         rank = min(max(numerical_rank(values, matrix.shape), 1), limit)
         sigma = np.sqrt(np.sum(values[rank:] ** 2) / max((rows - rank) * (columns - rank), 1))
         noise = np.hypot(noise, sigma)
@@ -141,26 +144,26 @@ def batch_subspace(
         rank = min(rank, limit)
         beyond = matrix - (matrix @ right[:rank].T) @ right[:rank]
         noise = np.maximum(noise, np.sqrt(np.sum(beyond**2, axis=1) / max(columns - rank, 1)))
-    left, values, right = _whitened(matrix, noise)
+    left, values, right = _whitened(triangle, rotation, noise)
     excess = np.zeros(COMMON)
     beyond = values[rank : rank + COMMON]
     excess[: beyond.size] = np.maximum(beyond**2 - (np.sqrt(rows) + np.sqrt(columns)) ** 2, 0) / max(columns - rank, 1)
     common = np.zeros((rows, COMMON))
     common[:, : beyond.size] = left[:, rank : rank + COMMON]
-    basis = jnp.asarray(right[:rank].T)
-    subspace = BatchSubspace(
-        left=jnp.asarray(noise[:, None] * left[:, :rank]),
-        singular_values=jnp.asarray(values[:rank]),
-        directions=weight @ basis,
-        coupling=jnp.diag(1 / jnp.asarray(values[:rank])),
-        weight_norm=jnp.sqrt(jnp.sum(weight**2, axis=1)),
-        summation=jnp.asarray(_summation(np.asarray(weight), right[0])),
-        constant=basis[-1] if has_bias else jnp.zeros((rank,)),
-        noise=jnp.asarray(noise),
-        common=jnp.asarray(noise[:, None] * common * np.sqrt(excess)),
-        roundoff=jnp.asarray(unit_roundoff(dtype)),
-    )
-    return subspace, right[:rank].T, values
+    basis, weight = right[:rank].T, np.asarray(weight)
+    arrays: dict[str, Any] = {
+        "left": noise[:, None] * left[:, :rank],
+        "singular_values": values[:rank],
+        "directions": weight @ basis,
+        "coupling": np.diag(1 / np.maximum(values[:rank], 1e-300)),
+        "weight_norm": np.sqrt(np.sum(weight**2, axis=1)),
+        "summation": _summation(weight, right[0]),
+        "constant": basis[-1] if has_bias else np.zeros((rank,)),
+        "noise": noise,
+        "common": noise[:, None] * common * np.sqrt(excess),
+        "roundoff": np.asarray(unit_roundoff(dtype)),
+    }
+    return BatchSubspace(**arrays), right[:rank].T, values
 
 
 def _summation(weight: np.ndarray, direction: np.ndarray) -> np.ndarray:
@@ -174,6 +177,14 @@ def _summation(weight: np.ndarray, direction: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(partial_sums**2, axis=1) / 3)
 
 
-def _whitened(matrix: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    left, values, right = np.linalg.svd(matrix / noise[:, None], full_matrices=False)
-    return left, values, right
+def _triangle(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """L (C, r) and Q (r, d) with G = L Q: each row exact to its own size, so that it can be weighted afterwards."""
+    rotation, triangle = np.linalg.qr(matrix.T)
+    return triangle.T, rotation.T
+
+
+def _whitened(
+    triangle: np.ndarray, rotation: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    left, values, right = np.linalg.svd(triangle / noise[:, None], full_matrices=False)
+    return left, values, right @ rotation
