@@ -10,6 +10,7 @@ import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchLoss, BatchRecovery, Reduction, recover_batch
 from softinv_jax.batches.class_counts import ClassCounts, count_classes
+from softinv_jax.batches.many_batches import recover_batches
 from softinv_jax.labels import many, recovery
 from softinv_jax.labels.losses import LossName
 from softinv_jax.labels.verdicts import Recovery, Verdict
@@ -127,18 +128,17 @@ def recover_many(
     if gradients.ndim != 3:
         raise ValueError(f"recover_many takes weight_gradient (N, C, d), not {gradients.shape}; use recover for one")
     report = options.pop("progress", None) or (lambda done, total: None)
-    recoveries: list[BatchRecovery] = []
-    counts: list[ClassCounts] = []
+    first = Observation(observation.weight, gradients[0], observation.bias, None, None)
+    if not _is_too_large(first, batch_size):
+        return recover_batches(observation, batch_size, progress=report, **options)
+    counts = []
     for index, gradient in enumerate(gradients):
         bias_gradient = None if observation.bias_gradient is None else observation.bias_gradient[index]
         noise = None if observation.noise is None else observation.noise[index]
         one = Observation(observation.weight, gradient, observation.bias, bias_gradient, noise)
-        if _is_too_large(one, batch_size):
-            counts.append(_count(one, batch_size, options))
-        else:
-            recoveries.append(recover_batch(one, batch_size, **options))
+        counts.append(_count(one, batch_size, options))
         report(index + 1, len(gradients))
-    return counts or recoveries
+    return counts
 
 
 def recover_update(

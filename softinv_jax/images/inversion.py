@@ -164,6 +164,7 @@ def _head(chain: Chain, parameters: Mapping[str, Any], gradients: Mapping[str, A
     name = _kernel_layers(chain)[-1]
     held, given = layer_parameters(parameters, name), layer_parameters(gradients, name)
     gradient = given["kernel"]
+    rows: jax.Array | np.ndarray
     if isinstance(gradient, jax.Array):  # Which stays on its device.
         with jax.enable_x64(True):
             rows = jnp.swapaxes(gradient, 1, 2)

@@ -107,7 +107,7 @@ def test_the_program_for_a_tpu(client: Any) -> None:
     """As in tests/labels/test_tpu.py: no 64-bit number's bits, no LAPACK, nothing sorted."""
     parameters, gradients, features, _ = client
     with jax.enable_x64(True):
-        traced = groups._invert_group.trace(
+        traced = groups._compiled("cpu").trace(
             CHAIN, parameters, gradients, features.astype(np.float64), SHAPE, unit_roundoff=ROUNDOFF, together=True
         )
         program = traced.lower(lowering_platforms=("tpu",)).as_text()
