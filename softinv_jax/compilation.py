@@ -2,11 +2,17 @@
 
 __all__ = ["compiler_options"]
 
+TUNED = 4  # XLA's own level.
 
-def compiler_options(platform: str) -> dict[str, int] | None:
+
+def compiler_options(platform: str, *, tuned: bool = False) -> dict[str, int] | None:
     """Options of `jax.jit` for a device's platform; None for jax's own.
 
-    XLA for GPUs tries out variants of every fused operation, which takes minutes for a search of a thousand of them,
-    and wins little where starting them is what takes time.
+    Args:
+      platform: as jax names it.
+      tuned: XLA for GPUs tries out variants of every operation. That pays where gradients are read once and quickly; it
+        takes minutes for a search of a thousand small operations, and wins little where starting them takes the time.
     """
-    return {"xla_gpu_autotune_level": 0} if platform in ("gpu", "cuda", "rocm") else None
+    if platform not in ("gpu", "cuda", "rocm"):
+        return None
+    return {"xla_gpu_autotune_level": TUNED if tuned else 0}

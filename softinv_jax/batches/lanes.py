@@ -14,7 +14,6 @@ GROUP_ON_CPU = 8  # Gradients in one call,
 GROUP = 128  # and on an accelerator, which does all of them in the time of one,
 GROUP_BYTES = 8 << 30  # as far as its memory goes.
 ARRAYS = 8  # Of C B numbers, that a start takes at the same time.
-REST = 4  # How much smaller the groups are of what the first round leaves.
 
 
 def on_cpu() -> bool:
@@ -33,8 +32,9 @@ def group_sizes(number_of_classes: int, rank: int) -> tuple[int, int]:
         return GROUP_ON_CPU, GROUP_ON_CPU
     starts = 6 * (2 * rank + 4)
     most = GROUP_BYTES // (starts * number_of_classes * (rank + 2) * 8 * ARRAYS)
+    # One size for both: another is compiled again.
     size = min(max(most, 1), GROUP)
-    return size, max(size // REST, 1)
+    return size, size
 
 
 def over_lanes(function: Callable[..., Any], inputs: Any) -> Any:

@@ -127,9 +127,15 @@ def fit_all(
 
 
 def _solve(subspaces: BatchSubspace, lanes: _Lanes, is_wanted: jax.Array, divisor: Divisor) -> Component:
-    """(N, n) from all starts: on a CPU some at a time, so that one program does for any number."""
+    """(N, n) from all starts: some at a time, so that one program does for any number."""
     number = lanes.starts.shape[1]
-    piece = 2 * lanes.starts.shape[2] if on_cpu() else number
+    piece = (2 if on_cpu() else 5) * lanes.starts.shape[2]
+    if number < piece:
+        more = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, :1], piece - number, axis=1), lanes)
+        more = more._replace(steps=jnp.zeros_like(more.steps))
+        lanes = jax.tree.map(lambda own, extra: jnp.concatenate([own, extra], axis=1), lanes, more)
+        solved = _solve_piece(subspaces, lanes, is_wanted, divisor)
+        return jax.tree.map(lambda leaf: leaf[:, :number], solved)
     solved = []
     for first in range(0, number, piece):
         last = min(first + piece, number)

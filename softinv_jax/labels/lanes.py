@@ -82,14 +82,15 @@ def place_on(devices: Sequence[jax.Device] | None, gradient: Any) -> Place:
     return Place(tuple(own) if len(own) > 1 else (), own[0])
 
 
-def for_each(stage: Callable, options: Any, place: Place, shared: Any, each: Any) -> Any:
+def for_each(stage: Callable, options: Any, place: Place, shared: Any, each: Any, *, tuned: bool = False) -> Any:
     """stage(options, shared, one) of every one along the leading axis of `each`, by one compiled program."""
-    return _compiled(place.first.platform)(stage, options, place.devices, shared, each)
+    return _compiled(place.first.platform, tuned)(stage, options, place.devices, shared, each)
 
 
 @functools.cache
-def _compiled(platform: str) -> Callable:
-    return jax.jit(_for_each, static_argnums=(0, 1, 2), compiler_options=compiler_options(platform))
+def _compiled(platform: str, tuned: bool) -> Callable:
+    options = compiler_options(platform, tuned=tuned)
+    return jax.jit(_for_each, static_argnums=(0, 1, 2), compiler_options=options)
 
 
 def _for_each(stage: Callable, options: Any, devices: tuple[jax.Device, ...], shared: Any, each: Any) -> Any:

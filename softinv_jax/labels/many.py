@@ -186,9 +186,9 @@ def _recover_chunk(observation: Observation, stages: recovery.Stages, place: Pla
     """The stages of `recover`, each compiled by itself: the search is the same whatever the size of the features."""
     head = observation.weight, observation.bias
     gradients = observation.weight_gradient, observation.bias_gradient, observation.noise
-    readings = for_each(_read, stages, place, head, gradients)
+    readings = for_each(_read, stages, place, head, gradients, tuned=True)
     dtype = np.dtype(observation.weight_gradient.dtype)
-    return for_each(_search_one, (stages, dtype), place, None, readings)
+    return for_each(_search_one, (stages, dtype), place, None, readings, tuned=True)
 
 
 def _read(stages: recovery.Stages, head: tuple, gradients: tuple) -> Reading:

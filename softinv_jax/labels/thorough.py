@@ -126,9 +126,9 @@ class _Block(NamedTuple):
         """The same of everyone in the block, as one tree."""
         return join([part for _, part in self.each(stage, shared, given, self.everyone)])
 
-    def those(self, flags: jax.Array) -> np.ndarray:
-        """Positions in the block where a flag is set."""
-        return np.flatnonzero(jax.device_get(flags)[: self.indices.size])
+    def those(self, *flags: jax.Array) -> list[np.ndarray]:
+        """Positions in the block where each of the flags is set; fetched in one go."""
+        return [np.flatnonzero(each[: self.indices.size]) for each in jax.device_get(flags)]
 
 
 def _search_block(block: _Block, report: Callable[[int], None]) -> Recovery:
@@ -136,11 +136,11 @@ def _search_block(block: _Block, report: Callable[[int], None]) -> Recovery:
     readings = block.of_all(_read, block.head, lambda group, _: block.gradients(group))
     outcome = _explain(block, readings, report)
     found: Recovery = block.of_all(_conclude, None, lambda _, at: take_rows((readings, outcome), at))
+    unidentifiable, several = block.those(*_kinds(found))
     if recovery.is_open_question(stages):
-        unidentifiable = block.those(_is_unidentifiable(found))
         interval = block.improve(found.interval, _interval, readings, unidentifiable)
         found = replace(found, interval=interval)
-    told, several = found, block.those(_is_of_several(found))
+    told = found
     for at, part in block.each(
         _count_several, block.head, lambda group, at: (block.gradients(group), take_rows(told, at)), several
     ):
@@ -157,22 +157,20 @@ def _explain(block: _Block, readings: Reading, report: Callable[[int], None]) ->
         report(block.indices.size)
     if not recovery.may_be_independent(stages):
         return outcome
-    unsure = (
-        block.everyone
-        if recovery.is_independent(classes, stages)
-        else block.those(_may_be_independent(readings, outcome))
-    )
+    (unsure,) = block.those(_may_be_independent(readings, outcome))
+    unsure = block.everyone if recovery.is_independent(classes, stages) else unsure
     return block.improve(outcome, _or_independent, readings, unsure)
 
 
 def _search_losses(block: _Block, readings: Reading, attempts: Attempts, report: Callable[[int], None]) -> Outcome:
     """As `losses.search_losses`, each attempt with those only that need it."""
-    noisy = np.isin(block.everyone, block.those(_is_noisy(readings)))
+    noisy = np.ones(block.indices.size, bool)
+    noisy[block.those(readings.is_rounding)[0]] = False
     kept: Kept | None = None
     done, losses = 0, int(jax.device_get(attempts.losses))
     for number in range(attempts.error.size):
         index = jax.device_put(np.int32(number))
-        active = block.everyone if kept is None else block.those(_is_unsettled(readings, kept, attempts, index))
+        (active,) = (block.everyone,) if kept is None else block.those(_is_unsettled(readings, kept, attempts, index))
         if not active.size:  # Nor will they be by what comes later.
             break
         by_likelihood = noisy[active] | (number >= losses)
@@ -248,19 +246,13 @@ def _is_unsettled(readings: Reading, kept: Kept, attempts: Attempts, index: jax.
 
 
 @jax.jit
-def _is_noisy(readings: Reading) -> jax.Array:
-    return ~readings.is_rounding
-
-
-@jax.jit
 def _may_be_independent(readings: Reading, outcome: Outcome) -> jax.Array:
     return ~outcome.unique & jax.vmap(is_unbalanced)(readings.equation)
 
 
 @jax.jit
-def _is_unidentifiable(found: Recovery) -> jax.Array:
-    return found.verdict == Verdict.UNIDENTIFIABLE
+def _kinds(found: Recovery) -> tuple[jax.Array, jax.Array]:
+    return found.verdict == Verdict.UNIDENTIFIABLE, recovery.is_of_several(found)
 
 
-_is_of_several = jax.jit(recovery.is_of_several)
 _in_kept_dtype = jax.jit(recovery.in_kept_dtype, static_argnums=1)
