@@ -70,13 +70,13 @@ def run_sections(session: Session) -> None:
     measure_exact(session, size(2, 8, 64))
     if not quick:
         measure_thorough(session, 1000, 2048, size(0, 4, 256))
+    measure_batches(session, size(1, 4, 64))
     measure_matching(session, 1, 1, size(10, 50, 200))
     if not quick:
         measure_matching(session, 1, size(0, 8, 32), size(0, 20, 200))
         measure_matching(session, size(0, 4, 32), size(0, 8, 32), size(0, 10, 200))
         measure_thorough(session, 100, 512, size(0, 32, 1024))
     measure_peers(session, size(1, 3, 5), size(10, 50, 200))
-    measure_batches(session, size(1, 4, 64))
     for shape, examples in shapes.items():
         measure_from_host(session, *shape, examples if quick else examples // 8)
 
