@@ -250,9 +250,7 @@ def _tie(free: Step, state: State, choice: Choice) -> jax.Array:
 def _gains(problem: Problem, state: State, choice: Choice, tied: Step) -> jax.Array:
     """(C,) what chi^2 would fall by if one more class was singled out, less the price of that."""
     number_of_classes = problem.own.left.size
-    residual = tied.whitened_residual
-    score = residual - jnp.mean(residual)
-    information = _information(tied)
+    score, information = _of_one_more(tied, choice)
     taken = choice.singled(number_of_classes)
     safe = jnp.where(information > 0, information, 1.0)
     gain = jnp.where(taken | (information <= 0), 0.0, score**2 / safe)
@@ -262,22 +260,33 @@ def _gains(problem: Problem, state: State, choice: Choice, tied: Step) -> jax.Ar
     return gain - _singling_price(jax.lax.rsqrt(safe), number_of_classes)
 
 
-def _information(step: Step) -> jax.Array:
-    """(C,) of the data on each class's weight, were it one parameter more."""
-    classes = step.own_precision.size
-    # Q = Sigma^-1 less what the parameters explain; of e_t - 1/C its diagonal, its row sums and its sum are needed.
+def _of_one_more(step: Step, choice: Choice) -> tuple[jax.Array, jax.Array]:
+    """(C,) derivative of chi^2 / -2 by the weight of each class, were it one parameter more, and the information on it.
+
+    A weight w of class t adds w (e_t - 1/C) to the label. Where the weights are tied to a sum of 1, it is taken from
+    another one that is there, a, and adds w (e_t - e_a); how the others share it, they decide.
+    """
+    classes, residual = step.own_precision.size, step.whitened_residual
+    # Q = Sigma^-1 less what the parameters explain: its diagonal, its row sums, and its row of a.
     by_noise, by_parameters = step.shared @ step.inner, step.whitened_design @ step.parameter_covariance
+
+    def product(vector: jax.Array) -> jax.Array:
+        explained = by_noise @ (vector @ step.shared) + by_parameters @ (vector @ step.whitened_design)
+        return step.own_precision * vector - explained
+
     diagonal = step.own_precision - jnp.sum(by_noise * step.shared, axis=1)
     diagonal = diagonal - jnp.sum(by_parameters * step.whitened_design, axis=1)
-    rows = step.own_precision - by_noise @ jnp.sum(step.shared, axis=0)
-    rows = rows - by_parameters @ jnp.sum(step.whitened_design, axis=0)
-    return diagonal - 2 * rows / classes + jnp.sum(rows) / classes**2
+    first = choice.slots[argmax(choice.active.astype(jnp.float64))]
+    one = (jnp.arange(classes, dtype=jnp.int32) == first).astype(jnp.float64)
+    origin = jnp.where(choice.sum_precision > 0, one, 1 / classes)
+    rows = product(origin)
+    return residual - jnp.sum(origin * residual), diagonal - 2 * rows + jnp.sum(origin * rows)
 
 
 def _unseen_share(choice: Choice, step: Step) -> jax.Array:
     """(C,) the largest weight of a class that would not have paid its price; zero of those that are singled out."""
     classes = step.own_precision.size
-    information = _information(step)
+    _, information = _of_one_more(step, choice)
     safe = jnp.where(information > 0, information, 1.0)
     largest = jnp.sqrt(jnp.maximum(_singling_price(jax.lax.rsqrt(safe), classes), 0.0) / safe)
     return jnp.where(choice.singled(classes) | (information <= 0), 0.0, jnp.minimum(largest, 1.0))
