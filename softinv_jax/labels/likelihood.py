@@ -283,13 +283,16 @@ def _of_one_more(step: Step, choice: Choice) -> tuple[jax.Array, jax.Array]:
     return residual - jnp.sum(origin * residual), diagonal - 2 * rows + jnp.sum(origin * rows)
 
 
-def _unseen_share(choice: Choice, step: Step) -> jax.Array:
-    """(C,) the largest weight of a class that would not have paid its price; zero of those that are singled out."""
+def _unseen_deviation(choice: Choice, step: Step) -> jax.Array:
+    """(C,) deviation of the weights that are taken to be zero; zero of those that are singled out.
+
+    What did not pay its price is not told, but may be there: as far as six deviations above its estimate.
+    """
     classes = step.own_precision.size
-    _, information = _of_one_more(step, choice)
+    score, information = _of_one_more(step, choice)
     safe = jnp.where(information > 0, information, 1.0)
-    largest = jnp.sqrt(jnp.maximum(_singling_price(jax.lax.rsqrt(safe), classes), 0.0) / safe)
-    return jnp.where(choice.singled(classes) | (information <= 0), 0.0, jnp.minimum(largest, 1.0))
+    deviation = jax.lax.rsqrt(safe) + jnp.maximum(score / safe, 0.0) / TOLERANCE
+    return jnp.where(choice.singled(classes) | (information <= 0), 0.0, jnp.minimum(deviation, 1.0))
 
 
 def _singling_price(deviation: jax.Array, number_of_classes: int) -> jax.Array:
@@ -309,7 +312,7 @@ def _describe(problem: Problem, state: State, choice: Choice) -> LikelihoodFit:
     final = solve(problem, state, choice)
     inverse = final.parameter_covariance
     # What is too small to be singled out is not seen, in its own entry and in those that it is taken from.
-    unseen = _unseen_share(choice, final) / TOLERANCE
+    unseen = _unseen_deviation(choice, final)
     unseen = jnp.where(choice.singled(number_of_classes), jnp.max(unseen), unseen)
     total_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :])) / number_of_classes**2
     return LikelihoodFit(
