@@ -110,12 +110,14 @@ def recover_many(
     (['unique', 'unique', 'no_signal'], [1.0, 3.0])
 
     Args:
-      observation: `weight_gradient` (N, C, d).
+      observation: `weight_gradient` (N, C, d). JAX arrays stay on their device, and so do the results; see
+        docs/accelerators.md.
       batch_size: of each gradient; see `recover`.
       options: as for `recover`, and `progress`, called with (gradients done, N).
 
     Returns:
-      A `Recovery` with a leading axis N, or a list of N `BatchRecovery`.
+      A `Recovery` with a leading axis N, of NumPy arrays for NumPy gradients and of JAX arrays for JAX ones, or a list
+      of N `BatchRecovery`.
 
     Raises:
       ValueError: as `recover`.
