@@ -62,6 +62,14 @@ class Place(NamedTuple):
         mesh = Mesh(np.array(self.devices), ("examples",))
         return jax.device_put(values, NamedSharding(mesh, PartitionSpec("examples")))
 
+    def share(self, values: Any) -> Any:
+        """The same to all of the devices; NumPy arrays, and what is there already, as they are."""
+        if not isinstance(values, jax.Array):
+            return values
+        if self.devices:
+            return jax.device_put(values, NamedSharding(Mesh(np.array(self.devices), ("examples",)), PartitionSpec()))
+        return values if values.devices() == {self.first} else jax.device_put(values, self.first)
+
 
 def place_on(devices: Sequence[jax.Device] | None, gradient: Any) -> Place:
     """These devices; or those that hold the gradient; or, for a NumPy array, the default one.

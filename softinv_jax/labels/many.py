@@ -74,7 +74,7 @@ def recover_many(
     stages = recovery.stages_for(given, method, unknown_scale, label_format, thorough, loss, approximate=approximate)
     place = place_on(devices, gradient)
     # The search computes in float64 anyway: converted here, W is converted once and not once a chunk.
-    seen = replace(given, weight=_as_float64(given.weight))
+    seen = replace(given, weight=place.share(_as_float64(given.weight)), bias=place.share(given.bias))
     if isinstance(gradient, jax.Array) and place.is_cpu:
         # A view, of which chunks are taken without copying.
         seen = replace(seen, weight_gradient=jax.device_get(gradient))
