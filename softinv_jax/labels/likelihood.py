@@ -49,7 +49,8 @@ RARITY = 10.0  # One label in as many singles out a further class, as far as the
 class LikelihoodFit:
     """Attributes, all float64:
 
-    scalar: () lambda. factor: () kappa. label: (C,) y(w). label_deviation: (C,). scalar_deviation: ().
+    scalar: () lambda. factor: () kappa. label: (C,) y(w). label_deviation: (C,), with what is too small to be singled
+      out; fitted_deviation: (C,) without. scalar_deviation: ().
     agreeing: (C,) bool, classes not singled out. level_deviation: () of their common level.
     feature_pull: (C,) q; the feature is lambda v - lambda^2 tau^2 P W^T q.
     cost: () minus twice the logarithm of the evidence; the lower, the likelier the explanation.
@@ -60,6 +61,7 @@ class LikelihoodFit:
     factor: jax.Array
     label: jax.Array
     label_deviation: jax.Array
+    fitted_deviation: jax.Array
     scalar_deviation: jax.Array
     agreeing: jax.Array
     level_deviation: jax.Array
@@ -312,14 +314,15 @@ def _describe(problem: Problem, state: State, choice: Choice) -> LikelihoodFit:
     final = solve(problem, state, choice)
     inverse = final.parameter_covariance
     # What is too small to be singled out is not seen, in its own entry and in those that it is taken from.
-    unseen = _unseen_deviation(choice, final)
+    fitted, unseen = _label_deviation(choice, final, number_of_classes), _unseen_deviation(choice, final)
     unseen = jnp.where(choice.singled(number_of_classes), jnp.max(unseen), unseen)
     total_variance = jnp.sum(inverse[2:, 2:] * (active[:, None] & active[None, :])) / number_of_classes**2
     return LikelihoodFit(
         scalar=scalar,
         factor=factor,
         label=label_of(weights, choice, number_of_classes),
-        label_deviation=jnp.maximum(_label_deviation(choice, final, number_of_classes), unseen),
+        label_deviation=jnp.maximum(fitted, unseen),
+        fitted_deviation=fitted,
         scalar_deviation=either(problem.unknowns.scalar, jnp.sqrt(inverse[0, 0]), jnp.zeros(())),
         agreeing=~choice.singled(number_of_classes),
         level_deviation=jnp.sqrt(total_variance),

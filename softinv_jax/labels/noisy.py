@@ -44,7 +44,8 @@ def explain_by_likelihood(
     by_scale = jnp.abs(equation.left) * described.factor_deviation
     free = jnp.asarray(unknowns.scalar) | jnp.asarray(unknowns.scale)
     label_deviation = jnp.where(free, fit.label_deviation, jnp.hypot(fit.label_deviation, by_scale))
-    reach = TOLERANCE * label_deviation
+    # Whether there is a label is asked of what was fitted; what is not seen makes it less sharp, not less there.
+    reach = TOLERANCE * jnp.where(free, fit.fitted_deviation, jnp.hypot(fit.fitted_deviation, by_scale))
     valid = (fit.label >= -2 * reach) & (fit.label <= 1 + 2 * reach) & (reach <= 0.5)
     fits = jnp.all(valid) & (fit.misfit <= (TOLERANCE / 2) ** 2)
     described = replace(
