@@ -29,6 +29,10 @@ UNTOLD_BYTES = 4 * 2**30
 IN_FLIGHT = 3
 
 
+def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    return Mesh(np.array(devices), ("examples",))
+
+
 class Place(NamedTuple):
     """Where groups are worked on.
 
@@ -59,15 +63,14 @@ class Place(NamedTuple):
         """(N, ...) to the devices, N / count examples each."""
         if not self.devices:
             return values if isinstance(values, jax.Array) else jax.device_put(values)
-        mesh = Mesh(np.array(self.devices), ("examples",))
-        return jax.device_put(values, NamedSharding(mesh, PartitionSpec("examples")))
+        return jax.device_put(values, NamedSharding(_mesh(self.devices), PartitionSpec("examples")))
 
     def share(self, values: Any) -> Any:
         """The same to all of the devices; NumPy arrays, and what is there already, as they are."""
         if not isinstance(values, jax.Array):
             return values
         if self.devices:
-            return jax.device_put(values, NamedSharding(Mesh(np.array(self.devices), ("examples",)), PartitionSpec()))
+            return jax.device_put(values, NamedSharding(_mesh(self.devices), PartitionSpec()))
         return values if values.devices() == {self.first} else jax.device_put(values, self.first)
 
 
@@ -114,7 +117,7 @@ def _for_each(stage: Callable, options: Any, devices: tuple[jax.Device, ...], sh
         examples, all_alike = PartitionSpec("examples"), PartitionSpec()
         share = jax.shard_map(
             share,
-            mesh=Mesh(np.array(devices), ("examples",)),
+            mesh=_mesh(devices),
             in_specs=(all_alike, examples),
             out_specs=examples,
             check_vma=False,

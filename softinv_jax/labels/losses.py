@@ -36,7 +36,6 @@ __all__ = [
     "is_settled",
     "judge",
     "keep_better",
-    "nothing_kept",
     "search_losses",
     "trials_for",
 ]
@@ -196,9 +195,9 @@ def keep_better(kept: Kept, new: Outcome, attempts: Attempts, index: jax.Array) 
     return Kept(jax.tree.map(lambda a, b: jnp.where(better, a, b), new, before), lowest)
 
 
-def nothing_kept(reading: Reading, trials: tuple[Trial, ...]) -> Kept:
+def _nothing_kept(reading: Reading, attempts: Attempts) -> Kept:
     """Before the first attempt."""
-    shapes = jax.eval_shape(lambda one: attempt(one, attempts_for(trials), jnp.int32(0)), reading)
+    shapes = jax.eval_shape(lambda one: attempt(one, attempts, jnp.int32(0)), reading)
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return Kept(empty, jnp.asarray(jnp.inf))
 
@@ -223,4 +222,4 @@ def search_losses(reading: Reading, trials: tuple[Trial, ...]) -> Outcome:
         index, kept = state
         return index + 1, keep_better(kept, attempt(reading, attempts, index), attempts, index)
 
-    return jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), nothing_kept(reading, trials)))[1].outcome
+    return jax.lax.while_loop(unsettled, proceed, (jnp.int32(0), _nothing_kept(reading, attempts)))[1].outcome

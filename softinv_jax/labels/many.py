@@ -15,7 +15,7 @@ from softinv_jax.labels.features import FeatureSource, Held, feature_of
 from softinv_jax.labels.lanes import Place, for_each, in_turn, join, place_on, put_rows, rows_of
 from softinv_jax.labels.reading import Reading
 from softinv_jax.labels.recovery import LossName, Method
-from softinv_jax.labels.thorough import search_thoroughly
+from softinv_jax.labels.thorough import read_one, search_thoroughly
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe
 
@@ -84,23 +84,12 @@ def recover_many(
 
 
 @in_float64
-def recover_one(
-    observation: Observation,
-    *,
-    method: Method = "exact",
-    unknown_scale: bool = False,
-    label_format: Literal["smoothing", "mixup"] | None = None,
-    loss: LossName = "auto",
-    approximate: bool = False,
-    thorough: bool = True,
-) -> Recovery:
+def recover_one(observation: Observation, **options: Any) -> Recovery:
     """`recovery.recover` outside of `jit` and `vmap`: of all its branches only those are compiled that are needed."""
     observation = jax.tree.map(_on_device, observe(**vars(observation)))
     recovery.check_single(observation)
-    stages = recovery.stages_for(
-        observation, method, unknown_scale, label_format, thorough, loss, approximate=approximate
-    )
-    if not thorough or method != "exact":
+    stages = recovery.stages_for(observation, **options)
+    if not stages.thorough or stages.method != "exact":
         return recovery.complete(observation, recovery.search(recovery.read(observation, stages), stages), stages)
     lifted = jax.tree.map(lambda array: array[None], observation)
     many = replace(lifted, weight=observation.weight.astype(jnp.float64), bias=observation.bias)
@@ -186,14 +175,9 @@ def _recover_chunk(observation: Observation, stages: recovery.Stages, place: Pla
     """The stages of `recover`, each compiled by itself: the search is the same whatever the size of the features."""
     head = observation.weight, observation.bias
     gradients = observation.weight_gradient, observation.bias_gradient, observation.noise
-    readings = for_each(_read, stages, place, head, gradients, tuned=True)
+    readings = for_each(read_one, stages, place, head, gradients, tuned=True)
     dtype = np.dtype(observation.weight_gradient.dtype)
     return for_each(_search_one, (stages, dtype), place, None, readings, tuned=True)
-
-
-def _read(stages: recovery.Stages, head: tuple, gradients: tuple) -> Reading:
-    (weight, bias), (weight_gradient, bias_gradient, noise) = head, gradients
-    return recovery.read(Observation(weight, weight_gradient, bias, bias_gradient, noise), stages)
 
 
 def _search_one(options: tuple[recovery.Stages, np.dtype], _: None, reading: Reading) -> Recovery:

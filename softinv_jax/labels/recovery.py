@@ -123,10 +123,10 @@ class Stages(NamedTuple):
 
 def stages_for(
     observation: Observation,
-    method: Method,
-    unknown_scale: bool,
-    label_format: Literal["smoothing", "mixup"] | None,
-    thorough: bool,
+    method: Method = "exact",
+    unknown_scale: bool = False,
+    label_format: Literal["smoothing", "mixup"] | None = None,
+    thorough: bool = True,
     loss: LossName = "auto",
     *,
     approximate: bool = False,

@@ -22,7 +22,7 @@ from softinv_jax.labels.recovery import Stages
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation
 
-__all__ = ["search_thoroughly"]
+__all__ = ["read_one", "search_thoroughly"]
 
 Result = TypeVar("Result")
 
@@ -133,7 +133,7 @@ class _Block(NamedTuple):
 
 def _search_block(block: _Block, report: Callable[[int], None]) -> Recovery:
     stages = block.stages
-    readings = block.of_all(_read, block.head, lambda group, _: block.gradients(group))
+    readings = block.of_all(read_one, block.head, lambda group, _: block.gradients(group))
     outcome = _explain(block, readings, report)
     found: Recovery = block.of_all(_conclude, None, lambda _, at: take_rows((readings, outcome), at))
     unidentifiable, several = block.those(*_kinds(found))
@@ -157,8 +157,9 @@ def _explain(block: _Block, readings: Reading, report: Callable[[int], None]) ->
         report(block.indices.size)
     if not recovery.may_be_independent(stages):
         return outcome
-    (unsure,) = block.those(_may_be_independent(readings, outcome))
-    unsure = block.everyone if recovery.is_independent(classes, stages) else unsure
+    unsure = block.everyone
+    if not recovery.is_independent(classes, stages):
+        (unsure,) = block.those(_may_be_independent(readings, outcome))
     return block.improve(outcome, _or_independent, readings, unsure)
 
 
@@ -188,7 +189,8 @@ def _search_losses(block: _Block, readings: Reading, attempts: Attempts, report:
 
 
 # Every stage takes the static options, what is shared by all examples, and one example's part.
-def _read(stages: Stages, head: tuple, gradients: tuple) -> Reading:
+def read_one(stages: Stages, head: tuple, gradients: tuple) -> Reading:
+    """One example's gradients (of the weight, the bias or None, and the noise or None) under a head (weight, bias)."""
     return recovery.read(_single(head, gradients), stages)
 
 

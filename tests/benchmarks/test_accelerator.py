@@ -1,12 +1,10 @@
 """`accelerator.py`: rows that fail or come too late, results on the disk at any time, clients, memory, processes."""
 
 import argparse
-import importlib
 import json
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from importlib import import_module as module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +16,6 @@ import pytest
 import softinv_jax
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_are_importable() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def session_of(folder: Path, seconds: float) -> Any:

@@ -1,10 +1,9 @@
 """The benchmarks: their runner, their checkpoints, and the published attacks against independent computations."""
 
 import argparse
-import importlib
 import json
 import sys
-from collections.abc import Iterator
+from importlib import import_module as module
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,6 @@ SCRIPTS = (
     "train",
     "unknown_format",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_are_importable() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 @pytest.fixture

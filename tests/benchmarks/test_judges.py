@@ -1,11 +1,8 @@
 """The judges of the soundness and field benchmarks: falsified truth must be counted as wrong."""
 
-import importlib
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module as module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +10,6 @@ import pytest
 from softinv_jax.client import load_photographs
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_are_importable() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def test_names_of_the_grid_are_unique() -> None:
