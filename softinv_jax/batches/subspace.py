@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from softinv_jax.observation.rank_one import unit_roundoff
 
-__all__ = ["BatchSubspace", "batch_subspace", "numerical_rank"]
+__all__ = ["BatchSubspace", "batch_subspace", "numerical_rank", "rounding_rank"]
 
 # A tail of singular values this far above what independent noise of deviation 1 shows is still rounding (whose errors
 # are alike in rows that are alike), provided that the signal stands out as far from it again.
@@ -90,7 +90,7 @@ def numerical_rank(singular_values: np.ndarray, shape: tuple[int, int]) -> int:
     return values.size
 
 
-def _rounding_rank(values: np.ndarray, edge: float) -> int | None:
+def rounding_rank(values: np.ndarray, edge: float) -> int | None:
     """The rank if what is beyond it is no more than rounding, of about deviation 1; None if there is other noise."""
     small = np.flatnonzero(values <= CORRELATED * edge)
     rank = int(small[0]) if small.size else values.size
@@ -133,7 +133,7 @@ def batch_subspace(
     noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
     triangle, rotation = _triangle(matrix)
     _, values, right = _whitened(triangle, rotation, noise)
-    rank = _rounding_rank(values, np.sqrt(rows) + np.sqrt(columns))
+    rank = rounding_rank(values, np.sqrt(rows) + np.sqrt(columns))
     if rank is None:
         _, values, right = _whitened(triangle, rotation, np.ones(rows))
         rank = min(max(numerical_rank(values, matrix.shape), 1), limit)

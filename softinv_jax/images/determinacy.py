@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.images.layer_chain import (
-    ACTIVATIONS,
     Activation,
     Chain,
     Convolution,

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.images.layer_chain import (
-    ACTIVATIONS,
     Activation,
     Chain,
     Convolution,

@@ -4,20 +4,19 @@ What can be inverted layer by layer is described here, not programmed for one ne
 linen: `kernel` (height, width, channels in, channels out) or (d, C), and perhaps `bias`, under the layer's name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.convolution import Padding, convolve, output_size
 
 __all__ = [
-    "ACTIVATIONS",
     "Activation",
-    "ActivationFunction",
     "Chain",
     "Convolution",
     "Dense",
@@ -66,38 +65,6 @@ class Flatten:
 
 Layer = Convolution | Dense | Activation | Flatten
 Chain = tuple[Layer, ...]
-
-
-class ActivationFunction(NamedTuple):
-    """An increasing function, and its inverse on what it can be.
-
-    Attributes:
-      apply: the function. invert: its inverse. low, high: infimum and supremum of its values.
-      one_to_one: False where all inputs from zero down give the value zero: that value says no more than so.
-    """
-
-    apply: Callable[[jax.Array], jax.Array]
-    invert: Callable[[jax.Array], jax.Array]
-    low: float
-    high: float
-    one_to_one: bool = True
-
-
-def _identity(values: jax.Array) -> jax.Array:
-    return values
-
-
-ACTIVATIONS: dict[str, ActivationFunction] = {
-    "identity": ActivationFunction(_identity, _identity, -jnp.inf, jnp.inf),
-    "sigmoid": ActivationFunction(jax.nn.sigmoid, jax.scipy.special.logit, 0.0, 1.0),
-    "tanh": ActivationFunction(jnp.tanh, jnp.arctanh, -1.0, 1.0),
-    "softplus": ActivationFunction(jax.nn.softplus, lambda a: a + jnp.log(-jnp.expm1(-a)), 0.0, jnp.inf),
-    "elu": ActivationFunction(jax.nn.elu, lambda a: jnp.where(a > 0, a, jnp.log1p(jnp.minimum(a, 0.0))), -1.0, jnp.inf),
-    "leaky_relu": ActivationFunction(
-        jax.nn.leaky_relu, lambda a: jnp.where(a > 0, a, a / 0.01), -jnp.inf, jnp.inf
-    ),  # flax's and PyTorch's default slope, 0.01
-    "relu": ActivationFunction(jax.nn.relu, _identity, 0.0, jnp.inf, one_to_one=False),
-}
 
 
 def lenet_chain() -> Chain:

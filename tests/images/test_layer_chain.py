@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from softinv_jax.client import FCN4, LeNet, apply_function, initialise
+from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.images.layer_chain import (
-    ACTIVATIONS,
     Activation,
     Chain,
     Convolution,
@@ -53,15 +53,18 @@ def test_equals_the_flax_network(network: Any, chain: Chain, image_shape: tuple[
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_jax(name: str) -> None:
     values = jnp.linspace(-3, 3, 25)
-    expected = values if name == "identity" else getattr(jax.nn, name)(values)
+    named = {"identity": lambda z: z, "gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu}
+    expected = (named.get(name) or getattr(jax.nn, name))(values)
     np.testing.assert_allclose(ACTIVATIONS[name].apply(values), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", [name for name, function in ACTIVATIONS.items() if function.invert is not None])
 def test_inverse_undoes_the_activation(name: str) -> None:
     function = ACTIVATIONS[name]
     with jax.enable_x64(True):
         values = jnp.linspace(-5.0, 5.0, 101) if function.one_to_one else jnp.linspace(0.0, 5.0, 51)
+        if np.isfinite(function.high) and not function.one_to_one:
+            values = jnp.linspace(function.low, function.high, 51)[1:-1]
         applied = function.apply(values)
         np.testing.assert_allclose(function.invert(applied), values, rtol=1e-9, atol=1e-9)
         assert np.all((applied >= function.low) & (applied <= function.high))
@@ -72,8 +75,17 @@ def test_inverse_undoes_the_activation(name: str) -> None:
             assert abs(end) >= 100 if np.isinf(limit) else abs(end - limit) < 1e-6
 
 
-def test_only_relu_is_not_one_to_one() -> None:
-    assert [name for name, function in ACTIVATIONS.items() if not function.one_to_one] == ["relu"]
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_one_to_one_and_two_slopes_are_as_stated(name: str) -> None:
+    function = ACTIVATIONS[name]
+    with jax.enable_x64(True):
+        values = jnp.linspace(-8.0, 8.0, 1601)
+        rising = np.all(np.diff(function.apply(values)) > 0)
+        slopes = set(np.unique(np.asarray(jax.vmap(jax.grad(function.apply))(values + 1e-3)).round(6)).tolist())
+    assert rising == function.one_to_one
+    assert (function.slopes is not None and set(function.slopes) == slopes) or (
+        function.slopes is None and (name == "identity" or len(slopes) > 2)
+    )
 
 
 def kernel(*shape: int, bias: int | None = None) -> dict[str, np.ndarray]:

@@ -1,0 +1,114 @@
+"""The gradient of one dense layer as a sum of outer products: rank, noise, and the two spaces.
+
+For B examples G = (1/D) sum_b delta_b h_b^T, transposed to (outputs, inputs): delta_b is the loss's derivative by the
+layer's output, h_b its input, with the constant 1 as one input more where there is a bias. With R the standard deviation
+of each row's rounding, R^-1 G = U S V^T has rank B up to noise of deviation 1 (as in `batches.subspace`). Then
+delta_b = R U beta_b and h_b = V a_b, and the two sets of coordinates are dual: beta_c^T S^-1 a_b = D if b = c, else 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE, numerical_rank, rounding_rank
+from softinv_jax.observation.rank_one import unit_roundoff
+
+__all__ = ["LayerSpace", "layer_space"]
+
+SKETCH = 128
+BEYOND = 24
+
+
+@dataclass(frozen=True)
+class LayerSpace:
+    """NumPy float64. m outputs, d inputs (and the constant 1 last, with a bias), rank B.
+
+    Attributes:
+      left: (m, B) U, orthonormal; R U holds the deltas. singular_values: (B,) S. right: (d, B) V.
+      noise: (m,) R, per entry of each row.
+      directions: (m, B) W^T V: the layer's outputs are directions @ a.
+      constant: (B,) last row of V, so that constant . a = 1 with a bias; zeros without.
+      beyond: singular values after the B first, as far as they were computed.
+    """
+
+    left: np.ndarray
+    singular_values: np.ndarray
+    right: np.ndarray
+    noise: np.ndarray
+    directions: np.ndarray
+    constant: np.ndarray
+    beyond: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        return len(self.singular_values)
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(np.any(self.constant != 0))
+
+
+def layer_space(
+    kernel: np.ndarray,
+    bias: np.ndarray | None,
+    kernel_gradient: np.ndarray,
+    bias_gradient: np.ndarray | None,
+    dtype: np.dtype,
+    largest: int | None,
+) -> LayerSpace:
+    """Decompose; kernel and its gradient: (inputs, outputs). largest: B, where it is told."""
+    matrix, weight = kernel_gradient.T, kernel.T
+    if bias is not None and bias_gradient is not None:
+        matrix = np.concatenate([matrix, bias_gradient[:, None]], axis=1)
+        weight = np.concatenate([weight, bias[:, None]], axis=1)
+    rows, columns = matrix.shape
+    size = np.sqrt(np.mean(matrix**2, axis=1))
+    smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
+    noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
+    noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
+    left, values, right = _decompose(matrix / noise[:, None], largest)
+    rank = _rank(values, (rows, columns), largest)
+    # What is left beyond the rank is the noise: more than one rounding, where sums were rounded on the way.
+    rest = matrix - (matrix @ right[:rank].T) @ right[:rank]
+    measured = np.sqrt(np.sum(rest**2, axis=1) / max(columns - rank, 1))
+    noise = np.maximum(noise, measured)
+    # In the rank's own row space, with the rows weighed anew.
+    left, values, turn = np.linalg.svd((matrix @ right[:rank].T) / noise[:, None], full_matrices=False)
+    basis = (turn @ right[:rank]).T
+    return LayerSpace(
+        left=left,
+        singular_values=values,
+        right=basis,
+        noise=noise,
+        directions=weight @ basis,
+        constant=basis[-1] if bias is not None else np.zeros(rank),
+        beyond=np.linalg.svd(rest / noise[:, None], compute_uv=False)[:BEYOND] if rows <= SKETCH else np.empty(0),
+    )
+
+
+def _decompose(matrix: np.ndarray, largest: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The leading part of U, S, V^T: whole where small, else by a sketch that grows until noise is reached.
+
+    Halko, Martinsson and Tropp (2011), with one power iteration.
+    """
+    rows, columns = matrix.shape
+    limit = min(rows, columns)
+    width = max(SKETCH, BEYOND + (largest or 0))
+    generator = np.random.default_rng(0)
+    while width < limit / 2:
+        sample = matrix @ generator.standard_normal((columns, width))
+        outputs, _ = np.linalg.qr(matrix @ (matrix.T @ np.linalg.qr(sample)[0]))
+        left, values, right = np.linalg.svd(outputs.T @ matrix, full_matrices=False)
+        edge = np.sqrt(rows) + np.sqrt(columns)
+        if largest is not None or values[-BEYOND] <= CORRELATED * edge:
+            return outputs @ left, values, right
+        width *= 2
+    return np.linalg.svd(matrix, full_matrices=False)
+
+
+def _rank(values: np.ndarray, shape: tuple[int, int], largest: int | None) -> int:
+    """How many singular values, in units of rounding, stand out of it; or out of other noise of equal size."""
+    rank = rounding_rank(values, np.sqrt(shape[0]) + np.sqrt(shape[1]))
+    if rank is None:
+        rank = max(numerical_rank(values, shape), 1)
+    return rank if largest is None else min(rank, largest)
