@@ -44,6 +44,10 @@ class DenseLayers:
                 hidden = self.activate(place, values[-1])
         return values
 
+    def predictions(self, index: int, inputs: np.ndarray) -> np.ndarray:
+        """(n, C) softmax of the logits."""
+        return np.asarray(softmax(self.before(index, inputs)[-1], axis=-1))
+
     def activate(self, index: int, before: np.ndarray) -> np.ndarray:
         """What the activation after layer `index` makes of its input."""
         with jax.enable_x64(True):
@@ -72,11 +76,6 @@ class DenseLayers:
 
 def _slope(function: str, before: np.ndarray) -> jax.Array:
     return jax.grad(lambda values: ACTIVATIONS[function].apply(values).sum())(before)
-
-
-def predictions(logits: np.ndarray) -> np.ndarray:
-    """(n, C) softmax."""
-    return np.asarray(softmax(logits, axis=-1))
 
 
 def dense_layers(

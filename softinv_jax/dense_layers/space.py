@@ -17,6 +17,7 @@ __all__ = ["LayerSpace", "layer_space"]
 
 SKETCH = 128
 BEYOND = 24
+POWER_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class LayerSpace:
       noise: (m,) R, per entry of each row.
       directions: (m, B) W^T V: the layer's outputs are directions @ a.
       constant: (B,) last row of V, so that constant . a = 1 with a bias; zeros without.
-      beyond: singular values after the B first, as far as they were computed.
+      common: largest singular value of what is beyond the rank, over sqrt(d): what noise that rows have in common can
+        do to a sum over rows, in units of what independent noise does. At least 1.
+      roundoff: unit roundoff of the gradient's dtype.
     """
 
     left: np.ndarray
@@ -37,7 +40,8 @@ class LayerSpace:
     noise: np.ndarray
     directions: np.ndarray
     constant: np.ndarray
-    beyond: np.ndarray
+    common: float
+    roundoff: float
 
     @property
     def rank(self) -> int:
@@ -82,7 +86,8 @@ def layer_space(
         noise=noise,
         directions=weight @ basis,
         constant=basis[-1] if bias is not None else np.zeros(rank),
-        beyond=np.linalg.svd(rest / noise[:, None], compute_uv=False)[:BEYOND] if rows <= SKETCH else np.empty(0),
+        common=max(_largest(rest / noise[:, None]) / np.sqrt(columns), 1.0),
+        roundoff=float(unit_roundoff(dtype)),
     )
 
 
@@ -104,6 +109,19 @@ def _decompose(matrix: np.ndarray, largest: int | None) -> tuple[np.ndarray, np.
             return outputs @ left, values, right
         width *= 2
     return np.linalg.svd(matrix, full_matrices=False)
+
+
+def _largest(matrix: np.ndarray) -> float:
+    """The largest singular value, by power iteration: a little less than it."""
+    direction = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    size = 0.0
+    for _ in range(POWER_STEPS):
+        direction = matrix.T @ (matrix @ direction)
+        size = float(np.linalg.norm(direction))
+        if size == 0:
+            return 0.0
+        direction /= size
+    return float(np.sqrt(size))
 
 
 def _rank(values: np.ndarray, shape: tuple[int, int], largest: int | None) -> int:

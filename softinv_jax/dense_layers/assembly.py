@@ -1,0 +1,113 @@
+"""From the deltas of a layer to its inputs, each example at its own scale.
+
+With X the matrix of all beta, the gradient is R U X diag(s) A V^T / D: once all are found, A = D diag(1/s) X^-1 S, and the
+constant 1 of a bias fixes every s, its sign too. An example with a row of its own has its input without the others, and
+s = D / (beta^T S^-1 a).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, surprise
+from softinv_jax.dense_layers.gate_rounds import SingleRow
+from softinv_jax.dense_layers.layers import DenseLayers
+from softinv_jax.dense_layers.space import LayerSpace
+
+__all__ = ["Assembled", "assemble"]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """k examples of one layer; NumPy float64.
+
+    Attributes:
+      inputs: (k, d) h. input_deviation: (k,) standard deviation of an entry.
+      next_delta: (k, outputs) the loss's derivative by the next layer's output. next_deviation: likewise.
+      misfit, surprise: (k,) see `gate_fit`.
+      scaled: whether each input's length is known; if not, `inputs` and `next_delta` are a factor and its inverse off.
+      complete: whether these are all the examples that the rank shows.
+    """
+
+    inputs: np.ndarray
+    input_deviation: np.ndarray
+    next_delta: np.ndarray
+    next_deviation: np.ndarray
+    misfit: np.ndarray
+    surprise: np.ndarray
+    scaled: bool
+    complete: bool
+
+
+def assemble(
+    layers: DenseLayers,
+    index: int,
+    space: LayerSpace,
+    following: NextLayer,
+    solutions: Sequence[GateSolution],
+    known: Sequence[SingleRow],
+    divisor: float,
+) -> Assembled:
+    """Put together all solutions, those of the known rows included, or the known rows alone where some are missing.
+
+    divisor: D, what the sum over the examples was divided by.
+    """
+    complete = len(solutions) == space.rank
+    if complete:
+        mixing = np.linalg.inv(np.stack([one.coordinates for one in solutions], axis=1))
+        coordinates = divisor * mixing * space.singular_values
+    else:
+        solutions = [row.solution for row in known]
+        coordinates = np.array([row.input_coordinates for row in known]).reshape(len(known), space.rank)
+        pairing = np.array([one.coordinates for one in solutions]).reshape(coordinates.shape) / space.singular_values
+        # Such that the product of delta and input is what the gradient holds.
+        coordinates = divisor * coordinates / np.sum(pairing * coordinates, axis=1, keepdims=True)
+        mixing = coordinates / (divisor * space.singular_values)
+    scale = _scale(layers, index, space, solutions, coordinates)
+    shape = len(solutions), following.weight.shape[1]
+    combination = np.array([one.combination for one in solutions]).reshape(shape)
+    spread = np.array([one.combination_deviation for one in solutions]).reshape(shape)
+    inputs = (coordinates / scale[:, None]) @ space.right.T
+    deviation = space.common * divisor * np.linalg.norm(mixing, axis=1) / np.abs(scale)
+    deviation = np.hypot(deviation, _carried(solutions, mixing, scale, inputs))
+    next_delta = scale[:, None] * combination @ following.basis.T
+    own = np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
+    if space.has_bias:
+        # The scale is as uncertain as the constant 1 is.
+        own = np.hypot(own, np.abs(next_delta) * deviation[:, None])
+    return Assembled(
+        inputs=inputs[:, : layers.kernels[index].shape[0]],
+        input_deviation=deviation,
+        next_delta=next_delta,
+        next_deviation=own,
+        misfit=np.array([one.misfit for one in solutions]),
+        surprise=np.array([surprise(one) for one in solutions]),
+        scaled=space.has_bias,
+        complete=complete,
+    )
+
+
+def _scale(
+    layers: DenseLayers,
+    index: int,
+    space: LayerSpace,
+    solutions: Sequence[GateSolution],
+    coordinates: np.ndarray,
+) -> np.ndarray:
+    """(k,) s: by the constant 1, or no more than its sign, by which units are open."""
+    if space.has_bias:
+        return np.asarray(coordinates @ space.constant)
+    opened = layers.gates(index, coordinates @ space.directions.T)
+    agreeing = np.array([np.mean(own == one.gates) for own, one in zip(opened, solutions, strict=True)])
+    return np.where(agreeing >= 0.5, 1.0, -1.0)
+
+
+def _carried(
+    solutions: Sequence[GateSolution], mixing: np.ndarray, scale: np.ndarray, inputs: np.ndarray
+) -> np.ndarray:
+    """(k,) what errors of the deltas do to an input: each one's carries its own input along."""
+    errors = np.array([one.delta_deviation for one in solutions])
+    sizes = np.sqrt(np.mean(inputs**2, axis=1)) if len(inputs) else np.zeros(0)
+    carried = errors * np.abs(scale) * sizes
+    return np.asarray(np.linalg.norm(mixing, axis=1) / np.abs(scale) * np.linalg.norm(carried))

@@ -1,0 +1,140 @@
+"""One example of a layer with two slopes: given which units are open, everything is linear, and the fit says how well.
+
+With D the slopes of the units, delta = D W g must lie in the column space of R U: in units of noise, P delta = 0 with P
+the projector off U. g is the direction in which P R^-1 D W is smallest. What noise leaves of P delta has deviation
+|S^-1 beta| in every entry, beta = U^T R^-1 delta; a wrong gate leaves as much as the unit's whole delta.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from softinv_jax.dense_layers.space import LayerSpace
+
+__all__ = ["GateSolution", "NextLayer", "fit_gates", "is_among", "is_credible", "next_layer", "surprise"]
+
+ROUNDS = 12
+CREDIBLE_MISFIT = 6.0
+# Nats; and how nearly parallel two solutions' deltas are that are one.
+CREDIBLE_SURPRISE = 40.0
+SAME = 1 - 1e-7
+
+
+@dataclass(frozen=True)
+class NextLayer:
+    """What comes after the layer whose deltas are sought.
+
+    Attributes:
+      weight: (m, n) W Q: the next layer's kernel on a basis of what its deltas can be. basis: (outputs, n) Q.
+      slopes: the activation's two.
+    """
+
+    weight: np.ndarray
+    basis: np.ndarray
+    slopes: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class GateSolution:
+    """One example, of unknown scale and sign.
+
+    Attributes:
+      gates: (m,) bool, the open units. combination: (n,) g on the basis of `NextLayer`, of length one.
+      coordinates: (B,) beta = U^T R^-1 delta. misfit: of P delta, in deviations. freedom: equations less unknowns.
+      spread: root mean square of delta over the deviation. delta_deviation: of an entry of delta, in units of R: from the
+        client's own rounding of W g, and from the error of g.
+      combination_deviation: (n,) standard deviation of the combination.
+    """
+
+    gates: np.ndarray
+    combination: np.ndarray
+    coordinates: np.ndarray
+    misfit: float
+    freedom: int
+    spread: float
+    delta_deviation: float
+    combination_deviation: np.ndarray
+
+
+def next_layer(kernel: np.ndarray, sums_to_zero: bool, slopes: tuple[float, float]) -> NextLayer:
+    """kernel: (m, outputs) of the next layer. sums_to_zero: whether its deltas do, as the softmax's."""
+    outputs = kernel.shape[1]
+    basis = np.eye(outputs)
+    if sums_to_zero:
+        basis = np.linalg.qr(basis - 1 / outputs)[0][:, :-1]
+    return NextLayer(kernel @ basis, basis, slopes)
+
+
+def fit_gates(space: LayerSpace, following: NextLayer, gates: np.ndarray, rounds: int = ROUNDS) -> GateSolution:
+    """Solve with the open units given, and let the solution open and close units, until nothing changes.
+
+    gates: (m,) bool. rounds: at most; 1 takes the gates as they are.
+    """
+    low, high = following.slopes
+    best: GateSolution | None = None
+    for _ in range(rounds):
+        solution, delta, targets = _solve(space, following, gates)
+        if best is not None and solution.misfit >= best.misfit:
+            break
+        best = solution
+        opened = delta * targets > (low + high) / 2 * targets**2
+        if np.array_equal(opened, gates):
+            break
+        gates = opened
+    assert best is not None
+    return best
+
+
+def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[GateSolution, np.ndarray, np.ndarray]:
+    low, high = following.slopes
+    slopes = np.where(gates, high, low)
+    weight = following.weight / space.noise[:, None]
+    masked = slopes[:, None] * weight
+    held = space.left.T @ masked
+    gram = masked.T @ masked
+    # Where hardly a unit is open, nothing is determined: kept away from by the trace.
+    scale = np.linalg.cholesky(gram + (1e-12 * np.trace(gram) + 1e-300) * np.eye(len(gram)))
+    inverse = np.linalg.inv(scale)
+    values, vectors = np.linalg.eigh(inverse @ (gram - held.T @ held) @ inverse.T)
+    vectors = inverse.T @ vectors
+    size = max(float(np.linalg.norm(vectors[:, 0])), 1e-300)
+    combination = vectors[:, 0] / size
+    delta = masked @ combination
+    coordinates = space.left.T @ delta
+    inside = space.left @ coordinates
+    # The client rounds every product of W g itself.
+    rounded = space.roundoff * float(np.sqrt(np.mean(masked**2 @ combination**2)))
+    noise = float(np.hypot(np.linalg.norm(coordinates / space.singular_values), rounded))
+    # Units whose derivative is zero whatever the gate is say nothing.
+    freedom = int(np.count_nonzero(np.abs(weight @ combination) > noise)) - space.rank - len(combination) + 1
+    misfit = float(np.linalg.norm(delta - inside) / max(noise * np.sqrt(max(freedom, 1)), 1e-300))
+    spread = float(np.sqrt(np.mean(delta**2)) / max(noise, 1e-300))
+    # Along the other eigenvectors, each with its own eigenvalue.
+    others = vectors[:, 1:] / np.sqrt(np.maximum(values[1:], 1e-30))
+    deviation = noise * np.sqrt(np.sum(others**2, axis=1))
+    # Each of them has deltas of length one.
+    moved = noise * float(np.sqrt(np.sum(1 / np.maximum(values[1:], 1e-30)) / len(weight)))
+    own = float(np.hypot(rounded, moved))
+    solution = GateSolution(gates, combination, coordinates, misfit, freedom, spread, own, deviation)
+    return solution, inside, weight @ combination
+
+
+def surprise(solution: GateSolution) -> float:
+    """Nats by which an accident falls short of it: every equation beyond the unknowns, less the choice of the gates."""
+    chance = np.log(max(solution.spread, 1.0) / max(solution.misfit, 1.0))
+    return solution.freedom * float(chance) - len(solution.gates) * float(np.log(2))
+
+
+def is_credible(solution: GateSolution) -> bool:
+    """Whether it explains its equations to noise, and no accident would."""
+    return solution.misfit < CREDIBLE_MISFIT and surprise(solution) > CREDIBLE_SURPRISE
+
+
+def is_among(solution: GateSolution, others: Sequence[GateSolution]) -> bool:
+    """Whether one of the others is the same example."""
+    if not others:
+        return False
+    coordinates = np.stack([one.coordinates for one in others])
+    cosines = np.abs(coordinates @ solution.coordinates) / np.linalg.norm(coordinates, axis=1)
+    return bool(np.max(cosines) > SAME * np.linalg.norm(solution.coordinates))

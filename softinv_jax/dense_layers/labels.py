@@ -1,0 +1,237 @@
+"""Labels of examples whose features and derivatives are known: y = p - g, of any format.
+
+Where a bias fixed the scale of the inputs, p is known, and so is a dense label. Where nothing did, or the gradient has a
+factor, or p - g is no label, each example's share of the head's gradient, g h^T, is searched as that of a single example.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from softinv_jax.dense_layers.assembly import Assembled
+from softinv_jax.dense_layers.layers import DenseLayers
+from softinv_jax.labels.assumptions import Loss
+from softinv_jax.labels.scalar_equation import TOLERANCE
+from softinv_jax.labels.verdicts import Recovery, Verdict
+from softinv_jax.observation.head import Observation
+from softinv_jax.recoveries import recover_many
+
+__all__ = ["LabelsFound", "find_labels"]
+
+# More features than this many times the examples are turned into as many as there are examples.
+WIDE = 4
+FEWEST_FEATURES = 16
+DRAWS = 4
+# Predictions of classes at one level of the label that differ; of two the scale could be made to fit, and a level.
+CONFIRMING = 4
+DISTINCT = 10.0
+ROUNDED_OPERATIONS = 3
+ORDINARY = 15.0
+
+
+@dataclass(frozen=True)
+class LabelsFound:
+    """k examples; NumPy.
+
+    Attributes:
+      label: (k, C), NaN where none is told. label_deviation: (k, C). verdict: (k,) a `Verdict`.
+      feature: (k, d) the head's inputs. logit_gradient: (k, C) g.
+      factor: (k,) what the inputs that were given must be multiplied by, 1 where their scale was known;
+        factor_deviation: (k,).
+      scale: (k,) factor on the gradient. loss: (k,) a `Loss`. refuted: (k,) `Assumption` flags.
+    """
+
+    label: np.ndarray
+    label_deviation: np.ndarray
+    verdict: np.ndarray
+    feature: np.ndarray
+    logit_gradient: np.ndarray
+    factor: np.ndarray
+    factor_deviation: np.ndarray
+    scale: np.ndarray
+    loss: np.ndarray
+    refuted: np.ndarray
+
+
+def find_labels(layers: DenseLayers, index: int, assembled: Assembled, *, unknown_scale: bool) -> LabelsFound:
+    """Labels of the examples that were put together at layer `index`."""
+    before = layers.before(index, assembled.inputs)
+    feature = layers.activate(len(layers.kernels) - 2, before[-2])
+    gradient, deviation = _logit_gradient(layers, index, before, assembled)
+    if assembled.scaled and not unknown_scale:
+        prediction, error = _prediction(layers, index, assembled)
+        found = _at_known_scale(prediction, gradient, np.hypot(deviation, error), feature)
+        open_ones = np.flatnonzero(found.verdict == Verdict.REFUTED)
+    else:
+        found = _none(feature, gradient)
+        open_ones = np.arange(len(feature))
+    if open_ones.size:
+        _search_singly(layers, index, assembled, found, open_ones, deviation, unknown_scale=unknown_scale)
+    return found
+
+
+def _none(feature: np.ndarray, gradient: np.ndarray) -> LabelsFound:
+    examples = len(feature)
+    return LabelsFound(
+        label=np.full_like(gradient, np.nan),
+        label_deviation=np.full_like(gradient, np.nan),
+        verdict=np.full(examples, Verdict.REFUTED, np.int32),
+        feature=feature.copy(),
+        logit_gradient=gradient.copy(),
+        factor=np.ones(examples),
+        factor_deviation=np.zeros(examples),
+        scale=np.ones(examples),
+        loss=np.full(examples, int(Loss.CROSS_ENTROPY)),
+        refuted=np.zeros(examples, np.int64),
+    )
+
+
+def _at_known_scale(
+    prediction: np.ndarray, gradient: np.ndarray, deviation: np.ndarray, feature: np.ndarray
+) -> LabelsFound:
+    """y = p - g, if that is a label. Nothing is assumed of its format; where it has one, that confirms loss and scale.
+
+    Were the loss or the scale another, p - c g would not be one level over classes whose p differ.
+    """
+    found = _none(feature, gradient)
+    label = prediction - gradient
+    for row, (own, error) in enumerate(zip(label, deviation, strict=True)):
+        reach = TOLERANCE * error
+        if np.any(own < -reach) or np.any(own > 1 + reach):
+            continue
+        level = float(np.median(own))
+        agreeing = np.abs(own - level) <= reach
+        distinct = _distinct(prediction[row][agreeing], reach[agreeing])
+        found.verdict[row] = Verdict.UNIQUE if distinct >= CONFIRMING else Verdict.CONDITIONAL
+        found.label[row], found.label_deviation[row] = np.clip(own, 0, 1), error
+    return found
+
+
+def _distinct(values: np.ndarray, reach: np.ndarray) -> int:
+    """How many of them can be told apart."""
+    order = np.argsort(values)
+    count, last = 0, -np.inf
+    for value, width in zip(values[order], reach[order], strict=True):
+        if value - last > max(DISTINCT * width, 0):
+            count, last = count + 1, value
+    return count
+
+
+def _search_singly(
+    layers: DenseLayers,
+    index: int,
+    assembled: Assembled,
+    found: LabelsFound,
+    rows: np.ndarray,
+    deviation: np.ndarray,
+    *,
+    unknown_scale: bool,
+) -> None:
+    """Fill in what the search for one example says of each: other losses and scales, and the length of its feature."""
+    turned, weight = _turned(found.feature[rows], layers.kernels[-1].T)
+    gradient = found.logit_gradient[rows]
+    observation = _observation(layers, assembled.scaled, turned, weight, gradient, deviation[rows])
+    recovery = recover_many(observation, unknown_scale=unknown_scale)
+    factor, relative = np.ones(len(rows)), np.zeros(len(rows))
+    if not assembled.scaled:
+        factor = _factor(recovery, turned)
+        scalar = np.maximum(np.abs(np.asarray(recovery.scalar, np.float64)), 1e-300)
+        relative = np.nan_to_num(np.asarray(recovery.evidence.scalar_deviation, np.float64) / scalar)
+    scaled = replace(
+        assembled,
+        inputs=assembled.inputs[rows] * factor[:, None],
+        input_deviation=assembled.input_deviation[rows] * factor,
+    )
+    _, error = _prediction(layers, index, scaled)
+    own = np.hypot(deviation[rows] / factor[:, None], error)
+    found.label[rows] = np.asarray(recovery.label, np.float64)
+    found.label_deviation[rows] = np.hypot(np.asarray(recovery.evidence.label_deviation, np.float64), own)
+    found.verdict[rows] = np.asarray(recovery.verdict)
+    found.feature[rows] *= factor[:, None]
+    found.logit_gradient[rows] /= factor[:, None]
+    found.factor[rows], found.factor_deviation[rows] = factor, factor * relative
+    found.scale[rows] = np.asarray(recovery.scale, np.float64)
+    found.loss[rows] = np.asarray(recovery.assumptions.loss)
+    found.refuted[rows] = np.asarray(recovery.assumptions.refuted)
+
+
+def _observation(
+    layers: DenseLayers,
+    scaled: bool,
+    turned: np.ndarray,
+    weight: np.ndarray,
+    gradient: np.ndarray,
+    deviation: np.ndarray,
+) -> Observation:
+    """What each example by itself would show of the head."""
+    kind = np.promote_types(layers.dtype, np.float32)
+    bias = layers.biases[-1]
+    if scaled and bias is None:
+        bias = np.zeros(layers.number_of_classes)
+    # Errors like those of one rounding are what a gradient of this dtype is taken to have in any case.
+    ordinary = np.all(
+        deviation <= ORDINARY * float(np.finfo(layers.dtype).eps) * np.max(np.abs(gradient), axis=1)[:, None]
+    )
+    noise = None if ordinary else (deviation * np.sqrt(np.mean(turned**2, axis=1, keepdims=True))).astype(kind)
+    return Observation(
+        weight=weight,
+        weight_gradient=(gradient[:, :, None] * turned[:, None, :]).astype(kind),
+        bias=bias,
+        bias_gradient=None if bias is None else gradient.astype(kind),
+        noise=noise,
+    )
+
+
+def _logit_gradient(
+    layers: DenseLayers, index: int, before: list[np.ndarray], assembled: Assembled
+) -> tuple[np.ndarray, np.ndarray]:
+    """(k, C) g and its deviation: the next layer's delta, or what makes it, by least squares."""
+    if index == len(layers.kernels) - 2:
+        return assembled.next_delta, assembled.next_deviation
+    found, deviation = [], []
+    unit = np.eye(layers.number_of_classes)
+    for row in range(len(assembled.inputs)):
+        own = [np.repeat(values[row : row + 1], len(unit), axis=0) for values in before]
+        backward = layers.backward(index, own, unit)[1].T
+        inverse = np.linalg.pinv(backward)
+        found.append(inverse @ assembled.next_delta[row])
+        deviation.append(np.sqrt(inverse**2 @ assembled.next_deviation[row] ** 2))
+    return np.array(found), np.array(deviation)
+
+
+def _prediction(layers: DenseLayers, index: int, assembled: Assembled) -> tuple[np.ndarray, np.ndarray]:
+    """(k, C) the softmax, and its standard deviation from the errors of the inputs and the client's own rounding."""
+    generator = np.random.default_rng(0)
+    exact = layers.predictions(index, assembled.inputs)
+    square = np.zeros_like(exact)
+    for _ in range(DRAWS):
+        noise = generator.standard_normal(assembled.inputs.shape) * assembled.input_deviation[:, None]
+        square += (layers.predictions(index, assembled.inputs + noise) - exact) ** 2
+    roundoff = float(np.finfo(layers.dtype).eps) / 2
+    # The client's logits are rounded in proportion to their size.
+    logit = roundoff * np.max(np.abs(layers.before(index, assembled.inputs)[-1]), axis=1, keepdims=True)
+    rounded = exact * np.hypot(ROUNDED_OPERATIONS * roundoff, (1 - exact) * logit)
+    return exact, np.sqrt(square / DRAWS + rounded**2)
+
+
+def _turned(feature: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features and (C, d) weight on a basis of the features, where that is much smaller: logits and lengths stay."""
+    examples, width = feature.shape
+    if width <= max(WIDE * examples, FEWEST_FEATURES):
+        return feature, weight
+    basis = np.linalg.qr(feature.T)[0]
+    if basis.shape[1] < FEWEST_FEATURES:
+        # Some rest of the space, for the noise to be seen in.
+        other = np.random.default_rng(0).standard_normal((width, FEWEST_FEATURES - basis.shape[1]))
+        basis = np.linalg.qr(np.concatenate([basis, other], axis=1))[0]
+    return feature @ basis, weight @ basis
+
+
+def _factor(recovery: Recovery, turned: np.ndarray) -> np.ndarray:
+    """(k,) by which each feature must be multiplied; where no label was found, the middle of what is possible."""
+    length = np.linalg.norm(turned, axis=1)
+    scalar = np.abs(np.asarray(recovery.scalar, np.float64))
+    interval = np.asarray(recovery.interval, np.float64)
+    middle = np.abs(np.mean(interval, axis=1))
+    known = np.asarray(recovery.verdict) >= Verdict.AMBIGUOUS
+    return np.asarray(np.where(known, scalar, middle) / length)

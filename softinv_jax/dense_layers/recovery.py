@@ -1,0 +1,226 @@
+"""`recover_dense`: every example of a batch, and its soft label, from the gradients of a network's dense layers.
+
+A dense layer of m units tells B < m examples apart, whatever the number of classes. For the layer that is chosen the
+examples' deltas are found, by their open gates or by the equation of a smooth activation; the inputs follow by duality;
+run forward they give the head's features, and what the deltas say of g = p - y the labels. Run backward, everything found
+must give the gradient of every dense layer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from softinv_jax.dense_layers.assembly import Assembled, assemble
+from softinv_jax.dense_layers.choice import ChosenLayer, choose_layer
+from softinv_jax.dense_layers.gate_rounds import search_all_gates
+from softinv_jax.dense_layers.labels import LabelsFound, find_labels
+from softinv_jax.dense_layers.last_inputs import find_last
+from softinv_jax.dense_layers.layers import DenseLayers
+from softinv_jax.dense_layers.single_rows import peel
+from softinv_jax.labels.assumptions import Assumption
+from softinv_jax.labels.verdicts import Verdict
+
+__all__ = ["DenseRecovery", "recover_dense"]
+
+
+@dataclass(frozen=True)
+class DenseRecovery:
+    """What the dense layers' gradients of one batch give away; NumPy, examples in no order, those not found last.
+
+    Attributes:
+      inputs: (B, d) of the layer `layer`, NaN where not found. input_deviation: (B,) standard deviation of an entry.
+      label: (B, C) soft labels. label_deviation: (B, C). verdict: (B,) int32, a `Verdict`.
+      feature: (B, d') the head's inputs. logit_gradient: (B, C) g = p - y, as the client computed it.
+      delta: (B, m) the loss's derivative by the output of `layer`.
+      misfit: (B,) root mean square residual of the example's own equations, in deviations. surprise: (B,) nats, minus the
+        logarithm of how many such examples an accident would be expected to show.
+      layer: index of the layer that told them apart, -1 for none. rank: of its gradient, the number of examples that it
+        shows. excess: equations that an example had there beyond its unknowns.
+      residual: (L,) relative distance of each layer's gradient from that of all examples together; NaN unless all were
+        found.
+      scale: factor on the gradient, 1 unless it was to be found. loss, refuted: as of `BatchRecovery`.
+    """
+
+    inputs: np.ndarray
+    input_deviation: np.ndarray
+    label: np.ndarray
+    label_deviation: np.ndarray
+    verdict: np.ndarray
+    feature: np.ndarray
+    logit_gradient: np.ndarray
+    delta: np.ndarray
+    misfit: np.ndarray
+    surprise: np.ndarray
+    layer: int
+    rank: int
+    excess: int
+    residual: np.ndarray
+    scale: float
+    loss: int
+    refuted: int
+
+
+def recover_dense(
+    layers: DenseLayers,
+    batch_size: int | Literal["auto"],
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    unknown_scale: bool = False,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> DenseRecovery:
+    """Recover every example behind one gradient of a network's dense layers.
+
+    Args:
+      layers: see `layers.dense_layers`; at least one before the head.
+      batch_size: B, or `auto`: as many as the gradient's rank shows.
+      reduction: whether the loss was the mean or the sum over the batch.
+      unknown_scale: the gradient carries an unknown factor (learning rate, mean or sum).
+      seed: of the starts.
+      progress: called with (examples found, B).
+
+    Returns:
+      A `DenseRecovery`.
+
+    Raises:
+      ValueError: where there is no layer before the head, or for a batch size that cannot be.
+    """
+    if not layers.activations:
+        raise ValueError("recover_dense needs a dense layer before the head; use recover for a head alone")
+    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
+    told = None if batch_size == "auto" else batch_size
+    chosen = choose_layer(layers, None)
+    if chosen is None:
+        return _nothing(layers, told or 1)
+    total = told or chosen.space.rank
+    report = progress or (lambda found, total: None)
+    divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
+    assembled = _search(layers, chosen, divisor, seed, lambda found: report(found, total))
+    if not len(assembled.inputs):
+        return _nothing(layers, total, chosen)
+    labels = find_labels(layers, chosen.index, assembled, unknown_scale=unknown_scale)
+    report(total, total)
+    return _conclude(layers, chosen, assembled, labels, total, told, divisor)
+
+
+def _search(
+    layers: DenseLayers, chosen: ChosenLayer, divisor: float, seed: int, progress: Callable[[int], None]
+) -> Assembled:
+    index, space, following = chosen.index, chosen.space, chosen.following
+    known = peel(layers, index, space, following)
+    progress(len(known))
+    found = [row.solution for row in known]
+    found += search_all_gates(space, following, known, progress, seed)
+    found += find_last(layers, index, space, following, found)
+    return assemble(layers, index, space, following, found, known, divisor)
+
+
+def _conclude(
+    layers: DenseLayers,
+    chosen: ChosenLayer,
+    assembled: Assembled,
+    labels: LabelsFound,
+    total: int,
+    told: int | None,
+    divisor: float,
+) -> DenseRecovery:
+    index, rank = chosen.index, chosen.space.rank
+    inputs = assembled.inputs * labels.factor[:, None]
+    before = layers.before(index, inputs)
+    deltas = layers.backward(index, before, labels.logit_gradient)
+    residual = np.full(len(layers.kernels), np.nan)
+    if assembled.complete:
+        residual[index:] = _residuals(layers, index, inputs, before, deltas, divisor)
+    verdict = labels.verdict
+    refuted = int(np.bitwise_or.reduce(labels.refuted))
+    if told is not None and rank > told:
+        refuted |= int(Assumption.BATCH_SIZE)
+    if not np.all(residual[index:] <= np.sqrt(np.finfo(layers.dtype).eps)) and assembled.complete:
+        # Found by one layer's equations, and not confirmed by the others' gradients.
+        refuted |= int(Assumption.PARAMETERS)
+        verdict = np.minimum(verdict, Verdict.AMBIGUOUS)
+    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
+    deviation = np.hypot(assembled.input_deviation * labels.factor, size * labels.factor_deviation)
+    order = np.argsort(-assembled.surprise, kind="stable")
+    rows = max(total, len(order))
+
+    def filled(array: np.ndarray, nothing: float = math.nan) -> np.ndarray:
+        whole = np.full((rows, *array.shape[1:]), nothing, array.dtype)
+        whole[: len(order)] = array[order]
+        return whole
+
+    kind = np.promote_types(layers.dtype, np.float32)
+    return DenseRecovery(
+        inputs=filled(inputs).astype(kind),
+        input_deviation=filled(deviation),
+        label=filled(labels.label).astype(kind),
+        label_deviation=filled(labels.label_deviation),
+        verdict=filled(verdict, Verdict.NOT_FOUND),
+        feature=filled(labels.feature).astype(kind),
+        logit_gradient=filled(labels.logit_gradient),
+        delta=filled(deltas[0]),
+        misfit=filled(assembled.misfit),
+        surprise=filled(assembled.surprise),
+        layer=index,
+        rank=rank,
+        excess=chosen.excess,
+        residual=residual,
+        scale=float(np.median(labels.scale)),
+        loss=int(np.bincount(labels.loss).argmax()),
+        refuted=refuted,
+    )
+
+
+def _residuals(
+    layers: DenseLayers,
+    index: int,
+    inputs: np.ndarray,
+    before: list[np.ndarray],
+    deltas: list[np.ndarray],
+    divisor: float,
+) -> list[float]:
+    """Relative distance between what all examples give together and the gradient, of each layer from `index` on."""
+    distances, hidden = [], inputs
+    for place in range(index, len(layers.kernels)):
+        observed, own = layers.kernel_gradients[place], hidden.T @ deltas[place - index] / divisor
+        bias, own_bias = layers.bias_gradients[place], deltas[place - index].sum(axis=0) / divisor
+        if bias is not None:
+            observed, own = np.concatenate([observed, bias[None]]), np.concatenate([own, own_bias[None]])
+        distances.append(float(np.linalg.norm(own - observed) / max(np.linalg.norm(observed), 1e-300)))
+        if place < len(layers.activations):
+            hidden = layers.activate(place, before[place - index])
+    return distances
+
+
+def _nothing(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None) -> DenseRecovery:
+    """Where no example was found: the gradient is zero, or no layer has equations to spare, or the search ended."""
+    signal = any(np.any(gradient) for gradient in layers.kernel_gradients)
+    index = 0 if chosen is None else chosen.index
+    kernel = layers.kernels[index]
+
+    def nan(*shape: int) -> np.ndarray:
+        return np.full((total, *shape), np.nan, np.promote_types(layers.dtype, np.float32))
+
+    return DenseRecovery(
+        inputs=nan(kernel.shape[0]),
+        input_deviation=nan(),
+        label=nan(layers.number_of_classes),
+        label_deviation=nan(layers.number_of_classes),
+        verdict=np.full(total, Verdict.NOT_FOUND if signal else Verdict.NO_SIGNAL, np.int32),
+        feature=nan(layers.kernels[-1].shape[0]),
+        logit_gradient=nan(layers.number_of_classes),
+        delta=nan(kernel.shape[1]),
+        misfit=nan(),
+        surprise=nan(),
+        layer=-1 if chosen is None else index,
+        rank=0 if chosen is None else chosen.space.rank,
+        excess=0 if chosen is None else chosen.excess,
+        residual=np.full(len(layers.kernels), np.nan),
+        scale=math.nan,
+        loss=0,
+        refuted=0,
+    )
