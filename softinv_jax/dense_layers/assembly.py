@@ -14,6 +14,7 @@ from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, surprise
 from softinv_jax.dense_layers.gate_rounds import SingleRow
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.space import LayerSpace
+from softinv_jax.labels.scalar_equation import TOLERANCE
 
 __all__ = ["Assembled", "assemble"]
 
@@ -23,19 +24,25 @@ class Assembled:
     """k examples of one layer; NumPy float64.
 
     Attributes:
-      inputs: (k, d) h. input_deviation: (k,) standard deviation of an entry.
+      inputs: (k, d) h. input_deviation: (k, d) standard deviations.
+      delta: (k, m) the loss's derivative by the layer's output, with the gates that were found.
       next_delta: (k, outputs) the loss's derivative by the next layer's output. next_deviation: likewise.
       misfit, surprise: (k,) see `gate_fit`.
+      opened, closed: (k,) how many units the input, run forward, surely opens that its delta says are closed, and the other
+        way round: 0 for what is really there. Where a client drops units, many of the first kind and none of the second.
       scaled: whether each input's length is known; if not, `inputs` and `next_delta` are a factor and its inverse off.
       complete: whether these are all the examples that the rank shows.
     """
 
     inputs: np.ndarray
     input_deviation: np.ndarray
+    delta: np.ndarray
     next_delta: np.ndarray
     next_deviation: np.ndarray
     misfit: np.ndarray
     surprise: np.ndarray
+    opened: np.ndarray
+    closed: np.ndarray
     scaled: bool
     complete: bool
 
@@ -69,20 +76,28 @@ def assemble(
     combination = np.array([one.combination for one in solutions]).reshape(shape)
     spread = np.array([one.combination_deviation for one in solutions]).reshape(shape)
     inputs = (coordinates / scale[:, None]) @ space.right.T
-    deviation = space.common * divisor * np.linalg.norm(mixing, axis=1) / np.abs(scale)
-    deviation = np.hypot(deviation, _carried(solutions, mixing, scale, inputs))
+    # In units of a column's own deviation.
+    own = space.common * divisor * np.linalg.norm(mixing, axis=1) / np.abs(scale)
+    own = np.hypot(own, _carried(solutions, mixing, scale, inputs / space.columns))
     next_delta = scale[:, None] * combination @ following.basis.T
-    own = np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
+    next_deviation = np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
     if space.has_bias:
         # The scale is as uncertain as the constant 1 is.
-        own = np.hypot(own, np.abs(next_delta) * deviation[:, None])
+        next_deviation = np.hypot(next_deviation, np.abs(next_delta) * (own * space.columns[-1])[:, None])
+    features = layers.kernels[index].shape[0]
+    low, high = following.slopes
+    slopes = np.where(np.array([one.gates for one in solutions]).reshape(-1, len(space.noise)), high, low)
+    opened, closed = _contradictions(layers, index, space, solutions, inputs, own)
     return Assembled(
-        inputs=inputs[:, : layers.kernels[index].shape[0]],
-        input_deviation=deviation,
+        inputs=inputs[:, :features],
+        input_deviation=own[:, None] * space.columns[None, :features],
+        delta=slopes * (next_delta @ layers.kernels[index + 1].T),
         next_delta=next_delta,
-        next_deviation=own,
+        next_deviation=next_deviation,
         misfit=np.array([one.misfit for one in solutions]),
         surprise=np.array([surprise(one) for one in solutions]),
+        opened=opened,
+        closed=closed,
         scaled=space.has_bias,
         complete=complete,
     )
@@ -111,3 +126,25 @@ def _carried(
     sizes = np.sqrt(np.mean(inputs**2, axis=1)) if len(inputs) else np.zeros(0)
     carried = errors * np.abs(scale) * sizes
     return np.asarray(np.linalg.norm(mixing, axis=1) / np.abs(scale) * np.linalg.norm(carried))
+
+
+def _contradictions(
+    layers: DenseLayers,
+    index: int,
+    space: LayerSpace,
+    solutions: Sequence[GateSolution],
+    inputs: np.ndarray,
+    deviation: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(k,) and (k,) units that are surely open and found closed, and the reverse."""
+    features = layers.kernels[index].shape[0]
+    outputs = layers.output(index, inputs[:, :features])
+    norms = np.linalg.norm(layers.kernels[index] * space.columns[:features, None], axis=0)
+    lengths = np.linalg.norm(inputs, axis=1, keepdims=True) * np.linalg.norm(layers.kernels[index], axis=0)
+    reach = TOLERANCE * (deviation[:, None] * norms + space.roundoff * (lengths + np.abs(outputs)))
+    above, below = layers.gates(index, outputs - reach), layers.gates(index, outputs + reach)
+    found = np.array([one.gates for one in solutions]).reshape(outputs.shape)
+    # What the gate is shows only where something arrives at it.
+    told = np.array([one.told for one in solutions]).reshape(outputs.shape)
+    sure = told & (above == below)
+    return np.sum(sure & above & ~found, axis=1), np.sum(sure & ~above & found, axis=1)

@@ -1,5 +1,6 @@
-"""Which dense layer tells the examples apart, and what its gradient is as a sum of outer products."""
+"""Which dense layers tell the examples apart, and what its gradient is as a sum of outer products."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from softinv_jax.dense_layers.gate_fit import NextLayer, next_layer
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.space import LayerSpace, layer_space
 
-__all__ = ["ChosenLayer", "choose_layer"]
+__all__ = ["ChosenLayer", "choose_layers"]
 
 # Of the head's gradient: what rounding leaves of a sum over classes that is zero.
 ZERO_SUM = 1e-5
@@ -30,27 +31,25 @@ class ChosenLayer:
     excess: int
 
 
-def choose_layer(layers: DenseLayers, largest: int | None) -> ChosenLayer | None:
-    """The layer with most equations to spare; None where none has any, or the gradient is zero.
+def choose_layers(layers: DenseLayers) -> Iterator[ChosenLayer]:
+    """The layers that can tell the examples apart, from the last before the head on.
 
     Of m units each gives one equation; unknown are the B coordinates of an example's delta and the n of the next layer's,
-    of which one is its scale. largest: B, where it is told.
+    of which one is its scale. Before the head n is the number of classes; farther from it, it is a layer's width, and
+    less is known of where to start.
     """
-    chosen: ChosenLayer | None = None
-    for index in range(len(layers.activations)):
+    for index in range(len(layers.activations) - 1, -1, -1):
         kernel, gradient = layers.kernels[index], layers.kernel_gradients[index]
-        if not np.any(gradient):
-            continue
         slopes = ACTIVATIONS[layers.activations[index]].slopes or (0.0, 1.0)
         last = index == len(layers.activations) - 1
         following = next_layer(layers.kernels[index + 1], last and _sums_to_zero(layers), slopes)
-        if chosen is not None and min(kernel.shape) - following.weight.shape[1] <= chosen.excess:
-            continue  # Even one example would have fewer to spare there.
-        space = layer_space(kernel, layers.biases[index], gradient, layers.bias_gradients[index], layers.dtype, largest)
-        excess = kernel.shape[1] - space.rank - following.weight.shape[1] + 1
-        if space.rank < min(gradient.shape) and excess > 0 and (chosen is None or excess > chosen.excess):
-            chosen = ChosenLayer(index, space, following, excess)
-    return chosen
+        unknowns = following.weight.shape[1]
+        if not np.any(gradient) or kernel.shape[1] <= unknowns:
+            continue
+        space = layer_space(kernel, layers.biases[index], gradient, layers.bias_gradients[index], layers.dtype)
+        excess = kernel.shape[1] - space.rank - unknowns + 1
+        if space.rank < min(gradient.shape) and excess > 0:
+            yield ChosenLayer(index, space, following, excess)
 
 
 def _sums_to_zero(layers: DenseLayers) -> bool:

@@ -16,6 +16,9 @@ __all__ = ["GateSolution", "NextLayer", "fit_gates", "is_among", "is_credible", 
 
 ROUNDS = 12
 CREDIBLE_MISFIT = 6.0
+# The next best must be so much worse than noise: then g is known to a fraction of itself.
+SEPARATION = 50.0
+TOLD = 6.0
 # Nats; and how nearly parallel two solutions' deltas are that are one.
 CREDIBLE_SURPRISE = 40.0
 SAME = 1 - 1e-7
@@ -40,14 +43,17 @@ class GateSolution:
     """One example, of unknown scale and sign.
 
     Attributes:
-      gates: (m,) bool, the open units. combination: (n,) g on the basis of `NextLayer`, of length one.
+      gates: (m,) bool, the open units. told: (m,) bool, where what arrives at the unit stands out of noise. combination: (n,) g on the basis of `NextLayer`, of length one.
       coordinates: (B,) beta = U^T R^-1 delta. misfit: of P delta, in deviations. freedom: equations less unknowns.
       spread: root mean square of delta over the deviation. delta_deviation: of an entry of delta, in units of R: from the
         client's own rounding of W g, and from the error of g.
       combination_deviation: (n,) standard deviation of the combination.
+      next_misfit: that of the next best g. Where it is small too, examples open the same units, and any mixture of them
+        explains the equations as well.
     """
 
     gates: np.ndarray
+    told: np.ndarray
     combination: np.ndarray
     coordinates: np.ndarray
     misfit: float
@@ -55,6 +61,7 @@ class GateSolution:
     spread: float
     delta_deviation: float
     combination_deviation: np.ndarray
+    next_misfit: float
 
 
 def next_layer(kernel: np.ndarray, sums_to_zero: bool, slopes: tuple[float, float]) -> NextLayer:
@@ -107,7 +114,8 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     rounded = space.roundoff * float(np.sqrt(np.mean(masked**2 @ combination**2)))
     noise = float(np.hypot(np.linalg.norm(coordinates / space.singular_values), rounded))
     # Units whose derivative is zero whatever the gate is say nothing.
-    freedom = int(np.count_nonzero(np.abs(weight @ combination) > noise)) - space.rank - len(combination) + 1
+    told = np.abs(weight @ combination) > TOLD * noise
+    freedom = int(np.count_nonzero(told)) - space.rank - len(combination) + 1
     misfit = float(np.linalg.norm(delta - inside) / max(noise * np.sqrt(max(freedom, 1)), 1e-300))
     spread = float(np.sqrt(np.mean(delta**2)) / max(noise, 1e-300))
     # Along the other eigenvectors, each with its own eigenvalue.
@@ -116,7 +124,10 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     # Each of them has deltas of length one.
     moved = noise * float(np.sqrt(np.sum(1 / np.maximum(values[1:], 1e-30)) / len(weight)))
     own = float(np.hypot(rounded, moved))
-    solution = GateSolution(gates, combination, coordinates, misfit, freedom, spread, own, deviation)
+    # Of a delta as long as this one.
+    rival = float(np.sqrt(max(values[min(1, len(values) - 1)], 0.0)) * np.linalg.norm(delta))
+    second = rival / max(noise * np.sqrt(max(freedom, 1)), 1e-300)
+    solution = GateSolution(gates, told, combination, coordinates, misfit, freedom, spread, own, deviation, second)
     return solution, inside, weight @ combination
 
 
@@ -127,8 +138,9 @@ def surprise(solution: GateSolution) -> float:
 
 
 def is_credible(solution: GateSolution) -> bool:
-    """Whether it explains its equations to noise, and no accident would."""
-    return solution.misfit < CREDIBLE_MISFIT and surprise(solution) > CREDIBLE_SURPRISE
+    """Whether it explains its equations to noise, no accident would, and nothing near it does."""
+    alone = solution.next_misfit > SEPARATION or len(solution.combination) == 1
+    return alone and solution.misfit < CREDIBLE_MISFIT and surprise(solution) > CREDIBLE_SURPRISE
 
 
 def is_among(solution: GateSolution, others: Sequence[GateSolution]) -> bool:

@@ -33,10 +33,12 @@ class SingleRow:
 
     Attributes:
       solution: as of the search. input_coordinates: (B,) a, on the scale that `constant . a = 1` gives.
+      confirmed: whether another row says the same. One row alone may be a mixture of examples that open the same units.
     """
 
     solution: GateSolution
     input_coordinates: np.ndarray
+    confirmed: bool
 
 
 @dataclass
@@ -63,34 +65,37 @@ def search_all_gates(
     space: LayerSpace,
     following: NextLayer,
     known: list[SingleRow],
+    others: list[GateSolution],
     progress: Callable[[int], None],
     seed: int = 0,
 ) -> list[GateSolution]:
     """Search for the examples that are not known yet.
 
     Args:
-      known: examples with their inputs, to which the others' deltas are dual.
+      known: examples with their inputs, to which the others' deltas are dual. others: examples without.
       progress: called with the number found.
 
     Returns:
       Solutions, no two the same, at most as many as the rank leaves.
     """
     generator = np.random.default_rng(seed)
-    wanted = space.rank - len(known)
+    wanted = space.rank - len(known) - len(others)
     remaining = _remaining(space, known)
     deltas = np.zeros((len(space.noise), space.rank), np.float32)
-    deltas[:, :wanted] = np.linalg.qr(space.noise[:, None] * (space.left @ remaining))[0]
+    deltas[:, : remaining.shape[1]] = np.linalg.qr(space.noise[:, None] * (space.left @ remaining))[0]
     outputs = np.linalg.qr(following.weight)[0].astype(np.float32)
     found: list[GateSolution] = []
     tally, barren = _Tally(), 0
     for _ in range(MOST_ROUNDS):
         if len(found) >= wanted or barren >= BARREN_ROUNDS:
             break
-        ways = tally.draw(generator, STARTS, bool(found or known))
+        ways = tally.draw(generator, STARTS, bool(found or known or others))
         rigidity = np.asarray(RIGIDITIES, np.float32)[ways % len(RIGIDITIES)]
-        examples = [row.solution for row in known] + found
+        examples = [row.solution for row in known] + others + found
         starts = _starts(generator, following, ways // len(RIGIDITIES), examples)
-        objectives = _objectives(generator, deltas, [space.noise * (space.left @ one.coordinates) for one in found])
+        objectives = _objectives(
+            generator, deltas, [space.noise * (space.left @ one.coordinates) for one in others + found]
+        )
         delta, target = search_gates(
             jnp.asarray(deltas), jnp.asarray(outputs), objectives, starts, rigidity, following.slopes
         )
@@ -102,7 +107,7 @@ def search_all_gates(
                 successes.append(lane)
         tally.enter(ways, np.asarray(successes, int))
         barren = 0 if len(found) > before else barren + 1
-        progress(len(known) + len(found))
+        progress(space.rank - wanted + len(found))
     return found
 
 

@@ -7,6 +7,7 @@ factor, or p - g is no label, each example's share of the head's gradient, g h^T
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import softmax
 
 from softinv_jax.dense_layers.assembly import Assembled
 from softinv_jax.dense_layers.layers import DenseLayers
@@ -140,7 +141,7 @@ def _search_singly(
     scaled = replace(
         assembled,
         inputs=assembled.inputs[rows] * factor[:, None],
-        input_deviation=assembled.input_deviation[rows] * factor,
+        input_deviation=assembled.input_deviation[rows] * factor[:, None],
     )
     _, error = _prediction(layers, index, scaled)
     own = np.hypot(deviation[rows] / factor[:, None], error)
@@ -202,16 +203,19 @@ def _logit_gradient(
 def _prediction(layers: DenseLayers, index: int, assembled: Assembled) -> tuple[np.ndarray, np.ndarray]:
     """(k, C) the softmax, and its standard deviation from the errors of the inputs and the client's own rounding."""
     generator = np.random.default_rng(0)
+    roundoff = float(np.finfo(layers.dtype).eps) / 2
     exact = layers.predictions(index, assembled.inputs)
     square = np.zeros_like(exact)
     for _ in range(DRAWS):
-        noise = generator.standard_normal(assembled.inputs.shape) * assembled.input_deviation[:, None]
-        square += (layers.predictions(index, assembled.inputs + noise) - exact) ** 2
-    roundoff = float(np.finfo(layers.dtype).eps) / 2
-    # The client's logits are rounded in proportion to their size.
-    logit = roundoff * np.max(np.abs(layers.before(index, assembled.inputs)[-1]), axis=1, keepdims=True)
-    rounded = exact * np.hypot(ROUNDED_OPERATIONS * roundoff, (1 - exact) * logit)
-    return exact, np.sqrt(square / DRAWS + rounded**2)
+        hidden = assembled.inputs + generator.standard_normal(assembled.inputs.shape) * assembled.input_deviation
+        for place in range(index, len(layers.kernels)):
+            lengths = np.linalg.norm(hidden, axis=1, keepdims=True) * np.linalg.norm(layers.kernels[place], axis=0)
+            values = layers.output(place, hidden)
+            # Of a sum of products, every one and every partial sum is rounded.
+            values = values + roundoff * (lengths + np.abs(values)) * generator.standard_normal(values.shape)
+            hidden = layers.activate(place, values) if place < len(layers.activations) else values
+        square += (softmax(hidden, axis=1) - exact) ** 2
+    return exact, np.sqrt(square / DRAWS + (ROUNDED_OPERATIONS * roundoff * exact) ** 2)
 
 
 def _turned(feature: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,12 +34,16 @@ class DenseLayers:
     def number_of_classes(self) -> int:
         return int(self.kernels[-1].shape[1])
 
+    def output(self, index: int, inputs: np.ndarray) -> np.ndarray:
+        """(n, outputs) of one layer, before its activation."""
+        bias = self.biases[index]
+        return inputs @ self.kernels[index] + (0.0 if bias is None else bias)
+
     def before(self, index: int, inputs: np.ndarray) -> list[np.ndarray]:
-        """What enters the activations after the layers from `index` on; the last are the logits; inputs: (n, inputs)."""
+        """The outputs of the layers from `index` on, before activations; the last are the logits; inputs: (n, d)."""
         values, hidden = [], inputs
         for place in range(index, len(self.kernels)):
-            bias = self.biases[place]
-            values.append(hidden @ self.kernels[place] + (0.0 if bias is None else bias))
+            values.append(self.output(place, hidden))
             if place < len(self.activations):
                 hidden = self.activate(place, values[-1])
         return values

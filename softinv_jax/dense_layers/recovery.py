@@ -9,18 +9,20 @@ must give the gradient of every dense layer.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from softinv_jax.dense_layers.assembly import Assembled, assemble
-from softinv_jax.dense_layers.choice import ChosenLayer, choose_layer
+from softinv_jax.dense_layers.choice import ChosenLayer, choose_layers
 from softinv_jax.dense_layers.gate_rounds import search_all_gates
 from softinv_jax.dense_layers.labels import LabelsFound, find_labels
 from softinv_jax.dense_layers.last_inputs import find_last
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.single_rows import peel
 from softinv_jax.labels.assumptions import Assumption
+from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 
 __all__ = ["DenseRecovery", "recover_dense"]
@@ -31,7 +33,8 @@ class DenseRecovery:
     """What the dense layers' gradients of one batch give away; NumPy, examples in no order, those not found last.
 
     Attributes:
-      inputs: (B, d) of the layer `layer`, NaN where not found. input_deviation: (B,) standard deviation of an entry.
+      inputs: (B, d) of the layer `layer`, NaN where not found. input_deviation: (B,) standard
+        deviation of an entry, as root mean square.
       label: (B, C) soft labels. label_deviation: (B, C). verdict: (B,) int32, a `Verdict`.
       feature: (B, d') the head's inputs. logit_gradient: (B, C) g = p - y, as the client computed it.
       delta: (B, m) the loss's derivative by the output of `layer`.
@@ -93,18 +96,30 @@ def recover_dense(
     if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
     told = None if batch_size == "auto" else batch_size
-    chosen = choose_layer(layers, None)
-    if chosen is None:
-        return _nothing(layers, told or 1)
-    total = told or chosen.space.rank
     report = progress or (lambda found, total: None)
-    divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
-    assembled = _search(layers, chosen, divisor, seed, lambda found: report(found, total))
+    best: tuple[ChosenLayer, Assembled] | None = None
+    for chosen in choose_layers(layers):
+        total = told or chosen.space.rank
+        divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
+        assembled = _search(layers, chosen, divisor, seed, partial(_report, report, total))
+        if best is None or len(assembled.inputs) > len(best[1].inputs):
+            best = chosen, assembled
+        if assembled.complete:
+            break
+    if best is None:
+        return _nothing(layers, told or 1)
+    chosen, assembled = best
+    total = told or chosen.space.rank
     if not len(assembled.inputs):
         return _nothing(layers, total, chosen)
     labels = find_labels(layers, chosen.index, assembled, unknown_scale=unknown_scale)
     report(total, total)
+    divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
     return _conclude(layers, chosen, assembled, labels, total, told, divisor)
+
+
+def _report(progress: Callable[[int, int], None], total: int, found: int) -> None:
+    progress(min(found, total), total)
 
 
 def _search(
@@ -114,9 +129,14 @@ def _search(
     known = peel(layers, index, space, following)
     progress(len(known))
     found = [row.solution for row in known]
-    found += search_all_gates(space, following, known, progress, seed)
+    found += search_all_gates(space, following, known, [], progress, seed)
     found += find_last(layers, index, space, following, found)
-    return assemble(layers, index, space, following, found, known, divisor)
+    if known and len(found) < space.rank:
+        # A row that was two examples' misleads the search for the others: once more without what rows say of inputs.
+        found += search_all_gates(space, following, [], found, progress, seed)
+        found += find_last(layers, index, space, following, found)
+    confirmed = [row for row in known if row.confirmed]
+    return assemble(layers, index, space, following, found, confirmed, divisor)
 
 
 def _conclude(
@@ -132,20 +152,28 @@ def _conclude(
     inputs = assembled.inputs * labels.factor[:, None]
     before = layers.before(index, inputs)
     deltas = layers.backward(index, before, labels.logit_gradient)
+    # A unit at zero may be open or closed: which it was, its own delta says.
+    deltas[0] = assembled.delta / labels.factor[:, None]
     residual = np.full(len(layers.kernels), np.nan)
     if assembled.complete:
         residual[index:] = _residuals(layers, index, inputs, before, deltas, divisor)
-    verdict = labels.verdict
+    verdict = labels.verdict.copy()
     refuted = int(np.bitwise_or.reduce(labels.refuted))
     if told is not None and rank > told:
         refuted |= int(Assumption.BATCH_SIZE)
-    if not np.all(residual[index:] <= np.sqrt(np.finfo(layers.dtype).eps)) and assembled.complete:
-        # Found by one layer's equations, and not confirmed by the others' gradients.
+    if assembled.complete and np.any(residual[index + 1 :] > _tolerated(layers, chosen)[index + 1 :]):
+        # The layers after this one do something else than was told (dropped units, other parameters).
         refuted |= int(Assumption.PARAMETERS)
-        verdict = np.minimum(verdict, Verdict.AMBIGUOUS)
-    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
-    deviation = np.hypot(assembled.input_deviation * labels.factor, size * labels.factor_deviation)
-    order = np.argsort(-assembled.surprise, kind="stable")
+        verdict[:] = Verdict.REFUTED
+        labels.label[:], labels.label_deviation[:] = np.nan, np.nan
+    # Inputs that open other units than their deltas say are none.
+    wrong = assembled.closed > 0
+    verdict[wrong] = Verdict.NOT_FOUND
+    for array in (inputs, labels.label, labels.label_deviation, labels.feature, labels.logit_gradient, deltas[0]):
+        array[wrong] = np.nan
+    size, own = (np.sqrt(np.mean(array**2, axis=1)) for array in (assembled.inputs, assembled.input_deviation))
+    deviation = np.hypot(own * labels.factor, size * labels.factor_deviation)
+    order = np.lexsort((-assembled.surprise, wrong))
     rows = max(total, len(order))
 
     def filled(array: np.ndarray, nothing: float = math.nan) -> np.ndarray:
@@ -194,6 +222,13 @@ def _residuals(
         if place < len(layers.activations):
             hidden = layers.activate(place, before[place - index])
     return distances
+
+
+def _tolerated(layers: DenseLayers, chosen: ChosenLayer) -> np.ndarray:
+    """(L,) what a layer's residual may be: agreement in half of the digits, or noise as on the layer that was chosen."""
+    noise = TOLERANCE * float(np.sqrt(np.mean(chosen.space.noise**2)))
+    sizes = [np.sqrt(np.mean(gradient**2)) for gradient in layers.kernel_gradients]
+    return np.maximum(np.sqrt(np.finfo(layers.dtype).eps), noise / np.maximum(sizes, 1e-300))
 
 
 def _nothing(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None) -> DenseRecovery:

@@ -22,6 +22,8 @@ __all__ = ["peel"]
 FAILURES = 64
 # Of two rows' cosine: looked at already.
 SAME_ROW = 1 - 1e-9
+# Of two rows, how far from multiples of each other, in deviations.
+CONFIRMED = 3.0
 # A row that is nothing but what others leave of rounding, in deviations of its entries.
 LEAST_ROW = 30.0
 
@@ -47,7 +49,7 @@ def peel(layers: DenseLayers, index: int, space: LayerSpace, following: NextLaye
             ):
                 continue
             seen[unit] = coordinates
-            row = _certify(layers, index, space, following, unit, coordinates)
+            row = _certify(layers, index, space, following, unit, coordinates, core)
             if row is not None and not is_among(row.solution, [other.solution for other in known]):
                 known.append(row)
                 failures = 0
@@ -86,7 +88,13 @@ def _parallel(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def _certify(
-    layers: DenseLayers, index: int, space: LayerSpace, following: NextLayer, unit: int, coordinates: np.ndarray
+    layers: DenseLayers,
+    index: int,
+    space: LayerSpace,
+    following: NextLayer,
+    unit: int,
+    coordinates: np.ndarray,
+    core: np.ndarray,
 ) -> SingleRow | None:
     gates = layers.gates(index, space.directions @ coordinates)
     if not gates[unit]:
@@ -102,7 +110,19 @@ def _certify(
         coordinates / space.singular_values
     ):
         return None
-    return SingleRow(solution, coordinates)
+    return SingleRow(solution, coordinates, _is_confirmed(space, core, unit, coordinates))
+
+
+def _is_confirmed(space: LayerSpace, core: np.ndarray, unit: int, coordinates: np.ndarray) -> bool:
+    """Whether another row is a multiple of this one: a row of two examples that open the same units is not."""
+    rows = space.left @ core
+    direction = coordinates / np.linalg.norm(coordinates)
+    along = rows @ direction
+    rest = np.linalg.norm(rows - along[:, None] * direction, axis=1)
+    noise = space.common * np.sqrt(space.rank)
+    parallel = (rest < CONFIRMED * noise) & (np.abs(along) > LEAST_ROW * CONFIRMED * noise)
+    parallel[unit] = False
+    return bool(np.any(parallel))
 
 
 def _without(space: LayerSpace, known: list[SingleRow]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The gradient of one dense layer as a sum of outer products: rank, noise, and the two spaces.
 
 For B examples G = (1/D) sum_b delta_b h_b^T, transposed to (outputs, inputs): delta_b is the loss's derivative by the
-layer's output, h_b its input, with the constant 1 as one input more where there is a bias. With R the standard deviation
-of each row's rounding, R^-1 G = U S V^T has rank B up to noise of deviation 1 (as in `batches.subspace`). Then
-delta_b = R U beta_b and h_b = V a_b, and the two sets of coordinates are dual: beta_c^T S^-1 a_b = D if b = c, else 0.
+layer's output, h_b its input, with the constant 1 as one input more where there is a bias. Rounding errs in proportion to
+what is rounded: with R and K the deviations of rows and columns, R^-1 G K^-1 = U S V^T has rank B up to noise of deviation
+1 (as in `batches.subspace`). Then delta_b = R U beta_b and h_b = K V a_b, and the two sets of coordinates are dual: beta_c^T S^-1 a_b = D if b = c, else 0.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ __all__ = ["LayerSpace", "layer_space"]
 SKETCH = 128
 BEYOND = 24
 POWER_STEPS = 8
+# Of the largest: inputs that are nearly always zero.
+NARROWEST_COLUMN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class LayerSpace:
     """NumPy float64. m outputs, d inputs (and the constant 1 last, with a bias), rank B.
 
     Attributes:
-      left: (m, B) U, orthonormal; R U holds the deltas. singular_values: (B,) S. right: (d, B) V.
-      noise: (m,) R, per entry of each row.
-      directions: (m, B) W^T V: the layer's outputs are directions @ a.
-      constant: (B,) last row of V, so that constant . a = 1 with a bias; zeros without.
+      left: (m, B) U, orthonormal; R U holds the deltas. singular_values: (B,) S. right: (d, B) K V.
+      noise: (m,) R, per entry of each row. columns: (d,) K, with root mean square 1.
+      directions: (m, B) W^T K V: the layer's outputs are directions @ a.
+      constant: (B,) last row of K V, so that constant . a = 1 with a bias; zeros without.
       common: largest singular value of what is beyond the rank, over sqrt(d): what noise that rows have in common can
         do to a sum over rows, in units of what independent noise does. At least 1.
       roundoff: unit roundoff of the gradient's dtype.
@@ -38,6 +40,7 @@ class LayerSpace:
     singular_values: np.ndarray
     right: np.ndarray
     noise: np.ndarray
+    columns: np.ndarray
     directions: np.ndarray
     constant: np.ndarray
     common: float
@@ -58,9 +61,8 @@ def layer_space(
     kernel_gradient: np.ndarray,
     bias_gradient: np.ndarray | None,
     dtype: np.dtype,
-    largest: int | None,
 ) -> LayerSpace:
-    """Decompose; kernel and its gradient: (inputs, outputs). largest: B, where it is told."""
+    """Decompose; kernel and its gradient: (inputs, outputs)."""
     matrix, weight = kernel_gradient.T, kernel.T
     if bias is not None and bias_gradient is not None:
         matrix = np.concatenate([matrix, bias_gradient[:, None]], axis=1)
@@ -70,20 +72,25 @@ def layer_space(
     smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
     noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
     noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
-    left, values, right = _decompose(matrix / noise[:, None], largest)
-    rank = _rank(values, (rows, columns), largest)
+    profile = np.sqrt(np.mean((matrix / noise[:, None]) ** 2, axis=0))
+    profile = np.maximum(profile, NARROWEST_COLUMN * np.max(profile))
+    profile = profile / np.sqrt(np.mean(profile**2))
+    matrix = matrix / profile
+    left, values, right = _decompose(matrix / noise[:, None])
+    rank = _rank(values, (rows, columns))
     # What is left beyond the rank is the noise: more than one rounding, where sums were rounded on the way.
     rest = matrix - (matrix @ right[:rank].T) @ right[:rank]
     measured = np.sqrt(np.sum(rest**2, axis=1) / max(columns - rank, 1))
     noise = np.maximum(noise, measured)
     # In the rank's own row space, with the rows weighed anew.
     left, values, turn = np.linalg.svd((matrix @ right[:rank].T) / noise[:, None], full_matrices=False)
-    basis = (turn @ right[:rank]).T
+    basis = profile[:, None] * (turn @ right[:rank]).T
     return LayerSpace(
         left=left,
         singular_values=values,
         right=basis,
         noise=noise,
+        columns=profile,
         directions=weight @ basis,
         constant=basis[-1] if bias is not None else np.zeros(rank),
         common=max(_largest(rest / noise[:, None]) / np.sqrt(columns), 1.0),
@@ -91,21 +98,21 @@ def layer_space(
     )
 
 
-def _decompose(matrix: np.ndarray, largest: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The leading part of U, S, V^T: whole where small, else by a sketch that grows until noise is reached.
 
     Halko, Martinsson and Tropp (2011), with one power iteration.
     """
     rows, columns = matrix.shape
     limit = min(rows, columns)
-    width = max(SKETCH, BEYOND + (largest or 0))
+    width = SKETCH
     generator = np.random.default_rng(0)
     while width < limit / 2:
         sample = matrix @ generator.standard_normal((columns, width))
         outputs, _ = np.linalg.qr(matrix @ (matrix.T @ np.linalg.qr(sample)[0]))
         left, values, right = np.linalg.svd(outputs.T @ matrix, full_matrices=False)
         edge = np.sqrt(rows) + np.sqrt(columns)
-        if largest is not None or values[-BEYOND] <= CORRELATED * edge:
+        if values[-BEYOND] <= CORRELATED * edge:
             return outputs @ left, values, right
         width *= 2
     return np.linalg.svd(matrix, full_matrices=False)
@@ -124,9 +131,9 @@ def _largest(matrix: np.ndarray) -> float:
     return float(np.sqrt(size))
 
 
-def _rank(values: np.ndarray, shape: tuple[int, int], largest: int | None) -> int:
+def _rank(values: np.ndarray, shape: tuple[int, int]) -> int:
     """How many singular values, in units of rounding, stand out of it; or out of other noise of equal size."""
     rank = rounding_rank(values, np.sqrt(shape[0]) + np.sqrt(shape[1]))
     if rank is None:
         rank = max(numerical_rank(values, shape), 1)
-    return rank if largest is None else min(rank, largest)
+    return rank
