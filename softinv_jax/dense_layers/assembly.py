@@ -24,7 +24,8 @@ class Assembled:
     """k examples of one layer; NumPy float64.
 
     Attributes:
-      inputs: (k, d) h. input_deviation: (k, d) standard deviations.
+      inputs: (k, d) h. independent: (k, d) standard deviation of each entry from the noise on the gradient.
+      carried: (k, k) standard deviations of how much of each other input is in an input, from errors of the deltas.
       delta: (k, m) the loss's derivative by the layer's output, with the gates that were found.
       next_delta: (k, outputs) the loss's derivative by the next layer's output. next_deviation: likewise.
       misfit, surprise: (k,) see `gate_fit`.
@@ -35,7 +36,8 @@ class Assembled:
     """
 
     inputs: np.ndarray
-    input_deviation: np.ndarray
+    independent: np.ndarray
+    carried: np.ndarray
     delta: np.ndarray
     next_delta: np.ndarray
     next_deviation: np.ndarray
@@ -45,6 +47,16 @@ class Assembled:
     closed: np.ndarray
     scaled: bool
     complete: bool
+
+    def draw_errors(self, generator: np.random.Generator) -> np.ndarray:
+        """(k, d) errors of the inputs as they may be."""
+        own = self.independent * generator.standard_normal(self.inputs.shape)
+        return own + (self.carried * generator.standard_normal(self.carried.shape)) @ self.inputs
+
+    def input_deviation(self) -> np.ndarray:
+        """(k,) root mean square over the entries of an input."""
+        square = self.independent**2 + self.carried**2 @ self.inputs**2
+        return np.asarray(np.sqrt(np.mean(square, axis=1)))
 
 
 def assemble(
@@ -78,19 +90,22 @@ def assemble(
     inputs = (coordinates / scale[:, None]) @ space.right.T
     # In units of a column's own deviation.
     own = space.common * divisor * np.linalg.norm(mixing, axis=1) / np.abs(scale)
-    own = np.hypot(own, _carried(solutions, mixing, scale, inputs / space.columns))
+    errors = np.array([one.delta_deviation for one in solutions]) * np.abs(scale)
+    carried = np.linalg.norm(mixing, axis=1)[:, None] / np.abs(scale)[:, None] * errors[None, :]
     next_delta = scale[:, None] * combination @ following.basis.T
     next_deviation = np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
     if space.has_bias:
         # The scale is as uncertain as the constant 1 is.
-        next_deviation = np.hypot(next_deviation, np.abs(next_delta) * (own * space.columns[-1])[:, None])
+        uncertain = np.hypot(own * space.columns[-1], np.linalg.norm(carried, axis=1))
+        next_deviation = np.hypot(next_deviation, np.abs(next_delta) * uncertain[:, None])
     features = layers.kernels[index].shape[0]
     low, high = following.slopes
-    slopes = np.where(np.array([one.gates for one in solutions]).reshape(-1, len(space.noise)), high, low)
-    opened, closed = _contradictions(layers, index, space, solutions, inputs, own)
+    slopes = np.where(np.array([one.gates for one in solutions], bool).reshape(-1, len(space.noise)), high, low)
+    opened, closed = _contradictions(layers, index, space, solutions, inputs, own, carried)
     return Assembled(
         inputs=inputs[:, :features],
-        input_deviation=own[:, None] * space.columns[None, :features],
+        independent=own[:, None] * space.columns[None, :features],
+        carried=carried,
         delta=slopes * (next_delta @ layers.kernels[index + 1].T),
         next_delta=next_delta,
         next_deviation=next_deviation,
@@ -118,33 +133,25 @@ def _scale(
     return np.where(agreeing >= 0.5, 1.0, -1.0)
 
 
-def _carried(
-    solutions: Sequence[GateSolution], mixing: np.ndarray, scale: np.ndarray, inputs: np.ndarray
-) -> np.ndarray:
-    """(k,) what errors of the deltas do to an input: each one's carries its own input along."""
-    errors = np.array([one.delta_deviation for one in solutions])
-    sizes = np.sqrt(np.mean(inputs**2, axis=1)) if len(inputs) else np.zeros(0)
-    carried = errors * np.abs(scale) * sizes
-    return np.asarray(np.linalg.norm(mixing, axis=1) / np.abs(scale) * np.linalg.norm(carried))
-
-
 def _contradictions(
     layers: DenseLayers,
     index: int,
     space: LayerSpace,
     solutions: Sequence[GateSolution],
     inputs: np.ndarray,
-    deviation: np.ndarray,
+    independent: np.ndarray,
+    carried: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(k,) and (k,) units that are surely open and found closed, and the reverse."""
     features = layers.kernels[index].shape[0]
     outputs = layers.output(index, inputs[:, :features])
     norms = np.linalg.norm(layers.kernels[index] * space.columns[:features, None], axis=0)
     lengths = np.linalg.norm(inputs, axis=1, keepdims=True) * np.linalg.norm(layers.kernels[index], axis=0)
-    reach = TOLERANCE * (deviation[:, None] * norms + space.roundoff * (lengths + np.abs(outputs)))
+    noise = independent[:, None] * norms + np.sqrt(carried**2 @ outputs**2)
+    reach = TOLERANCE * (noise + space.roundoff * (lengths + np.abs(outputs)))
     above, below = layers.gates(index, outputs - reach), layers.gates(index, outputs + reach)
-    found = np.array([one.gates for one in solutions]).reshape(outputs.shape)
+    found = np.array([one.gates for one in solutions], bool).reshape(outputs.shape)
     # What the gate is shows only where something arrives at it.
-    told = np.array([one.told for one in solutions]).reshape(outputs.shape)
+    told = np.array([one.told for one in solutions], bool).reshape(outputs.shape)
     sure = told & (above == below)
     return np.sum(sure & above & ~found, axis=1), np.sum(sure & ~above & found, axis=1)

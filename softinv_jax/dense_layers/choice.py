@@ -31,12 +31,12 @@ class ChosenLayer:
     excess: int
 
 
-def choose_layers(layers: DenseLayers) -> Iterator[ChosenLayer]:
+def choose_layers(layers: DenseLayers, largest: int | None) -> Iterator[ChosenLayer]:
     """The layers that can tell the examples apart, from the last before the head on.
 
     Of m units each gives one equation; unknown are the B coordinates of an example's delta and the n of the next layer's,
     of which one is its scale. Before the head n is the number of classes; farther from it, it is a layer's width, and
-    less is known of where to start.
+    less is known of where to start. largest: B, where it is told.
     """
     for index in range(len(layers.activations) - 1, -1, -1):
         kernel, gradient = layers.kernels[index], layers.kernel_gradients[index]
@@ -46,7 +46,7 @@ def choose_layers(layers: DenseLayers) -> Iterator[ChosenLayer]:
         unknowns = following.weight.shape[1]
         if not np.any(gradient) or kernel.shape[1] <= unknowns:
             continue
-        space = layer_space(kernel, layers.biases[index], gradient, layers.bias_gradients[index], layers.dtype)
+        space = layer_space(kernel, layers.biases[index], gradient, layers.bias_gradients[index], layers.dtype, largest)
         excess = kernel.shape[1] - space.rank - unknowns + 1
         if space.rank < min(gradient.shape) and excess > 0:
             yield ChosenLayer(index, space, following, excess)

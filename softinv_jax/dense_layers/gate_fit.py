@@ -15,7 +15,11 @@ from softinv_jax.dense_layers.space import LayerSpace
 __all__ = ["GateSolution", "NextLayer", "fit_gates", "is_among", "is_credible", "next_layer", "surprise"]
 
 ROUNDS = 12
-CREDIBLE_MISFIT = 6.0
+# Root mean square of many residuals that are noise; and where rounding, whose size is known but roughly, is far below
+# anything that an accident leaves.
+CREDIBLE_MISFIT = 1.5
+CREDIBLE_ROUNDING = 6.0
+FAR_ABOVE_NOISE = 1e4
 # The next best must be so much worse than noise: then g is known to a fraction of itself.
 SEPARATION = 50.0
 TOLD = 6.0
@@ -140,7 +144,8 @@ def surprise(solution: GateSolution) -> float:
 def is_credible(solution: GateSolution) -> bool:
     """Whether it explains its equations to noise, no accident would, and nothing near it does."""
     alone = solution.next_misfit > SEPARATION or len(solution.combination) == 1
-    return alone and solution.misfit < CREDIBLE_MISFIT and surprise(solution) > CREDIBLE_SURPRISE
+    limit = CREDIBLE_ROUNDING if solution.spread > FAR_ABOVE_NOISE else CREDIBLE_MISFIT
+    return alone and solution.misfit < limit and surprise(solution) > CREDIBLE_SURPRISE
 
 
 def is_among(solution: GateSolution, others: Sequence[GateSolution]) -> bool:

@@ -4,7 +4,7 @@ Where a bias fixed the scale of the inputs, p is known, and so is a dense label.
 factor, or p - g is no label, each example's share of the head's gradient, g h^T, is searched as that of a single example.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import softmax
@@ -60,7 +60,7 @@ def find_labels(layers: DenseLayers, index: int, assembled: Assembled, *, unknow
     feature = layers.activate(len(layers.kernels) - 2, before[-2])
     gradient, deviation = _logit_gradient(layers, index, before, assembled)
     if assembled.scaled and not unknown_scale:
-        prediction, error = _prediction(layers, index, assembled)
+        prediction, error = _prediction(layers, index, assembled, np.ones(len(feature)))
         found = _at_known_scale(prediction, gradient, np.hypot(deviation, error), feature)
         open_ones = np.flatnonzero(found.verdict == Verdict.REFUTED)
     else:
@@ -138,13 +138,10 @@ def _search_singly(
         factor = _factor(recovery, turned)
         scalar = np.maximum(np.abs(np.asarray(recovery.scalar, np.float64)), 1e-300)
         relative = np.nan_to_num(np.asarray(recovery.evidence.scalar_deviation, np.float64) / scalar)
-    scaled = replace(
-        assembled,
-        inputs=assembled.inputs[rows] * factor[:, None],
-        input_deviation=assembled.input_deviation[rows] * factor[:, None],
-    )
-    _, error = _prediction(layers, index, scaled)
-    own = np.hypot(deviation[rows] / factor[:, None], error)
+    whole = np.ones(len(found.factor))
+    whole[rows] = factor
+    _, error = _prediction(layers, index, assembled, whole)
+    own = np.hypot(deviation[rows] / factor[:, None], error[rows])
     found.label[rows] = np.asarray(recovery.label, np.float64)
     found.label_deviation[rows] = np.hypot(np.asarray(recovery.evidence.label_deviation, np.float64), own)
     found.verdict[rows] = np.asarray(recovery.verdict)
@@ -200,14 +197,19 @@ def _logit_gradient(
     return np.array(found), np.array(deviation)
 
 
-def _prediction(layers: DenseLayers, index: int, assembled: Assembled) -> tuple[np.ndarray, np.ndarray]:
-    """(k, C) the softmax, and its standard deviation from the errors of the inputs and the client's own rounding."""
+def _prediction(
+    layers: DenseLayers, index: int, assembled: Assembled, factor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(k, C) the softmax, and its standard deviation from the errors of the inputs and the client's own rounding.
+
+    factor: (k,) what the inputs must be multiplied by.
+    """
     generator = np.random.default_rng(0)
     roundoff = float(np.finfo(layers.dtype).eps) / 2
-    exact = layers.predictions(index, assembled.inputs)
+    exact = layers.predictions(index, assembled.inputs * factor[:, None])
     square = np.zeros_like(exact)
     for _ in range(DRAWS):
-        hidden = assembled.inputs + generator.standard_normal(assembled.inputs.shape) * assembled.input_deviation
+        hidden = (assembled.inputs + assembled.draw_errors(generator)) * factor[:, None]
         for place in range(index, len(layers.kernels)):
             lengths = np.linalg.norm(hidden, axis=1, keepdims=True) * np.linalg.norm(layers.kernels[place], axis=0)
             values = layers.output(place, hidden)

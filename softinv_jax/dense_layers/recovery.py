@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.dense_layers.assembly import Assembled, assemble
 from softinv_jax.dense_layers.choice import ChosenLayer, choose_layers
 from softinv_jax.dense_layers.gate_rounds import search_all_gates
@@ -26,6 +27,9 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 
 __all__ = ["DenseRecovery", "recover_dense"]
+
+# Share of the units that a client closes at random, at least.
+FEWEST_DROPPED = 0.01
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def recover_dense(
     told = None if batch_size == "auto" else batch_size
     report = progress or (lambda found, total: None)
     best: tuple[ChosenLayer, Assembled] | None = None
-    for chosen in choose_layers(layers):
+    for chosen in choose_layers(layers, told):
         total = told or chosen.space.rank
         divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
         assembled = _search(layers, chosen, divisor, seed, partial(_report, report, total))
@@ -161,18 +165,21 @@ def _conclude(
     refuted = int(np.bitwise_or.reduce(labels.refuted))
     if told is not None and rank > told:
         refuted |= int(Assumption.BATCH_SIZE)
-    if assembled.complete and np.any(residual[index + 1 :] > _tolerated(layers, chosen)[index + 1 :]):
-        # The layers after this one do something else than was told (dropped units, other parameters).
+    tolerated = _tolerated(layers, chosen, before, deltas, divisor)
+    strange = assembled.complete and bool(np.any(residual[index + 1 :] > tolerated[index + 1 :]))
+    # Inputs that open other units than their deltas say are none; but a client may drop units at random.
+    wrong = (assembled.closed > 0) | (assembled.opened > 0)
+    dropped = not np.any(assembled.closed) and bool(np.median(assembled.opened) > FEWEST_DROPPED * deltas[0].shape[1])
+    if strange or dropped:
         refuted |= int(Assumption.PARAMETERS)
+        wrong = np.full(len(wrong), not dropped)
         verdict[:] = Verdict.REFUTED
         labels.label[:], labels.label_deviation[:] = np.nan, np.nan
-    # Inputs that open other units than their deltas say are none.
-    wrong = assembled.closed > 0
     verdict[wrong] = Verdict.NOT_FOUND
     for array in (inputs, labels.label, labels.label_deviation, labels.feature, labels.logit_gradient, deltas[0]):
         array[wrong] = np.nan
-    size, own = (np.sqrt(np.mean(array**2, axis=1)) for array in (assembled.inputs, assembled.input_deviation))
-    deviation = np.hypot(own * labels.factor, size * labels.factor_deviation)
+    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
+    deviation = np.hypot(assembled.input_deviation() * labels.factor, size * labels.factor_deviation)
     order = np.lexsort((-assembled.surprise, wrong))
     rows = max(total, len(order))
 
@@ -224,11 +231,33 @@ def _residuals(
     return distances
 
 
-def _tolerated(layers: DenseLayers, chosen: ChosenLayer) -> np.ndarray:
-    """(L,) what a layer's residual may be: agreement in half of the digits, or noise as on the layer that was chosen."""
+def _tolerated(
+    layers: DenseLayers,
+    chosen: ChosenLayer,
+    before: list[np.ndarray],
+    deltas: list[np.ndarray],
+    divisor: float,
+) -> np.ndarray:
+    """(L,) what a layer's residual may be: agreement in half of the digits, or noise as on the layer that was chosen.
+
+    And what a unit does that lies so near a corner of its activation that the client may have had it on the other side.
+    """
     noise = TOLERANCE * float(np.sqrt(np.mean(chosen.space.noise**2)))
-    sizes = [np.sqrt(np.mean(gradient**2)) for gradient in layers.kernel_gradients]
-    return np.maximum(np.sqrt(np.finfo(layers.dtype).eps), noise / np.maximum(sizes, 1e-300))
+    sizes = np.array([max(float(np.linalg.norm(gradient)), 1e-300) for gradient in layers.kernel_gradients])
+    counts = np.array([gradient.size for gradient in layers.kernel_gradients])
+    tolerated = np.maximum(np.sqrt(np.finfo(layers.dtype).eps), noise * np.sqrt(counts) / sizes)
+    corner = np.zeros(len(sizes))
+    for place in range(chosen.index + 1, len(layers.activations)):
+        if ACTIVATIONS[layers.activations[place]].slopes is None:
+            continue
+        own = place - chosen.index
+        hidden = layers.activate(place - 1, before[own - 1])
+        lengths = np.linalg.norm(hidden, axis=1, keepdims=True)
+        reach = TOLERANCE * chosen.space.roundoff * lengths * np.linalg.norm(layers.kernels[place], axis=0)
+        near = layers.gates(place, before[own] - reach) != layers.gates(place, before[own] + reach)
+        arriving = deltas[own + 1] @ layers.kernels[place + 1].T
+        corner[: place + 1] += np.linalg.norm(near * lengths * arriving) / divisor / sizes[: place + 1]
+    return np.asarray(tolerated + corner)
 
 
 def _nothing(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None) -> DenseRecovery:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE, numerical_rank, rounding_rank
+from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE, rounding_rank
 from softinv_jax.observation.rank_one import unit_roundoff
 
 __all__ = ["LayerSpace", "layer_space"]
 
 SKETCH = 128
 BEYOND = 24
+FLAT = 0.9
 POWER_STEPS = 8
 # Of the largest: inputs that are nearly always zero.
 NARROWEST_COLUMN = 1e-4
@@ -61,23 +62,25 @@ def layer_space(
     kernel_gradient: np.ndarray,
     bias_gradient: np.ndarray | None,
     dtype: np.dtype,
+    largest: int | None,
 ) -> LayerSpace:
-    """Decompose; kernel and its gradient: (inputs, outputs)."""
+    """Decompose; kernel and its gradient: (inputs, outputs). largest: B, where it is told and noise hides it."""
     matrix, weight = kernel_gradient.T, kernel.T
     if bias is not None and bias_gradient is not None:
         matrix = np.concatenate([matrix, bias_gradient[:, None]], axis=1)
         weight = np.concatenate([weight, bias[:, None]], axis=1)
     rows, columns = matrix.shape
-    size = np.sqrt(np.mean(matrix**2, axis=1))
-    smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
-    noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
-    noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
-    profile = np.sqrt(np.mean((matrix / noise[:, None]) ** 2, axis=0))
-    profile = np.maximum(profile, NARROWEST_COLUMN * np.max(profile))
-    profile = profile / np.sqrt(np.mean(profile**2))
+    edge = np.sqrt(rows) + np.sqrt(columns)
+    noise, profile = _rounding(matrix, dtype)
+    values, right = _decompose(matrix / profile / noise[:, None], CORRELATED * edge)
+    rank = rounding_rank(values, edge)
+    if rank is None:
+        # Other noise, the same on all entries as far as is known.
+        profile = np.ones(columns)
+        values, right = _decompose(matrix, 0.0)
+        rank = _noisy_rank(values, np.sum(matrix**2), (rows, columns))
+        rank = rank if largest is None else min(rank, largest)
     matrix = matrix / profile
-    left, values, right = _decompose(matrix / noise[:, None])
-    rank = _rank(values, (rows, columns))
     # What is left beyond the rank is the noise: more than one rounding, where sums were rounded on the way.
     rest = matrix - (matrix @ right[:rank].T) @ right[:rank]
     measured = np.sqrt(np.sum(rest**2, axis=1) / max(columns - rank, 1))
@@ -98,10 +101,21 @@ def layer_space(
     )
 
 
-def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The leading part of U, S, V^T: whole where small, else by a sketch that grows until noise is reached.
+def _rounding(matrix: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(m,) R and (d,) K of a matrix whose entries were rounded in proportion to themselves."""
+    size = np.sqrt(np.mean(matrix**2, axis=1))
+    smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
+    noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
+    noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
+    profile = np.sqrt(np.mean((matrix / noise[:, None]) ** 2, axis=0))
+    profile = np.maximum(profile, NARROWEST_COLUMN * np.max(profile))
+    return noise, profile / np.sqrt(np.mean(profile**2))
 
-    Halko, Martinsson and Tropp (2011), with one power iteration.
+
+def _decompose(matrix: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """The leading S and V^T: all of them where the matrix is small, else by a sketch that grows until S is below `floor`.
+
+    Halko, Martinsson and Tropp (2011), with one power iteration. Where S stops falling, what is left is noise as well.
     """
     rows, columns = matrix.shape
     limit = min(rows, columns)
@@ -110,12 +124,27 @@ def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     while width < limit / 2:
         sample = matrix @ generator.standard_normal((columns, width))
         outputs, _ = np.linalg.qr(matrix @ (matrix.T @ np.linalg.qr(sample)[0]))
-        left, values, right = np.linalg.svd(outputs.T @ matrix, full_matrices=False)
-        edge = np.sqrt(rows) + np.sqrt(columns)
-        if values[-BEYOND] <= CORRELATED * edge:
-            return outputs @ left, values, right
+        _, values, right = np.linalg.svd(outputs.T @ matrix, full_matrices=False)
+        if values[-BEYOND] <= max(floor, 0.0) or (floor == 0 and values[-1] > FLAT * values[-BEYOND]):
+            return values, right
         width *= 2
-    return np.linalg.svd(matrix, full_matrices=False)
+    _, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return values, right
+
+
+def _noisy_rank(values: np.ndarray, total: float, shape: tuple[int, int]) -> int:
+    """How many singular values stand out of noise of equal size on all entries, of which only the leading are known.
+
+    values: falling. total: of the squares of all entries.
+    """
+    rows, columns = shape
+    rest = total - np.cumsum(values**2)
+    for rank in range(1, len(values)):
+        sigma = np.sqrt(max(rest[rank - 1], 0.0) / max((rows - rank) * (columns - rank), 1))
+        edge = sigma * (np.sqrt(rows) + np.sqrt(columns))
+        if values[rank] <= 1.2 * edge and values[rank - 1] > 1.5 * edge:
+            return rank
+    return len(values)
 
 
 def _largest(matrix: np.ndarray) -> float:
@@ -129,11 +158,3 @@ def _largest(matrix: np.ndarray) -> float:
             return 0.0
         direction /= size
     return float(np.sqrt(size))
-
-
-def _rank(values: np.ndarray, shape: tuple[int, int]) -> int:
-    """How many singular values, in units of rounding, stand out of it; or out of other noise of equal size."""
-    rank = rounding_rank(values, np.sqrt(shape[0]) + np.sqrt(shape[1]))
-    if rank is None:
-        rank = max(numerical_rank(values, shape), 1)
-    return rank
