@@ -171,11 +171,11 @@ def _observation(
         deviation <= ORDINARY * float(np.finfo(layers.dtype).eps) * np.max(np.abs(gradient), axis=1)[:, None]
     )
     noise = None if ordinary else (deviation * np.sqrt(np.mean(turned**2, axis=1, keepdims=True))).astype(kind)
-    return Observation(
-        weight=weight,
+    return Observation(  # NumPy until it is moved to the device
+        weight=weight,  # type: ignore[arg-type]
         weight_gradient=(gradient[:, :, None] * turned[:, None, :]).astype(kind),
-        bias=bias,
-        bias_gradient=None if bias is None else gradient.astype(kind),
+        bias=bias,  # type: ignore[arg-type]
+        bias_gradient=None if bias is None else gradient.astype(kind),  # type: ignore[arg-type]
         noise=noise,
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
@@ -55,17 +56,17 @@ class DenseLayers:
     def activate(self, index: int, before: np.ndarray) -> np.ndarray:
         """What the activation after layer `index` makes of its input."""
         with jax.enable_x64(True):
-            return np.asarray(ACTIVATIONS[self.activations[index]].apply(before))
+            return np.asarray(ACTIVATIONS[self.activations[index]].apply(jnp.asarray(before)))
 
     def slope(self, index: int, before: np.ndarray) -> np.ndarray:
         """The derivative of the activation after layer `index`."""
         with jax.enable_x64(True):
-            return np.asarray(_slope(self.activations[index], before))
+            return np.asarray(_slope(self.activations[index], jnp.asarray(before)))
 
     def gates(self, index: int, before: np.ndarray) -> np.ndarray:
         """Where that derivative has the larger of its two values; see `activations.open_gates`."""
         with jax.enable_x64(True):
-            return np.asarray(open_gates(self.activations[index], before))
+            return np.asarray(open_gates(self.activations[index], jnp.asarray(before)))
 
     def backward(self, index: int, before: Sequence[np.ndarray], logit_gradient: np.ndarray) -> list[np.ndarray]:
         """The loss's derivatives by the outputs of the layers from `index` on, (n, outputs) each.
@@ -78,7 +79,7 @@ class DenseLayers:
         return deltas[::-1]
 
 
-def _slope(function: str, before: np.ndarray) -> jax.Array:
+def _slope(function: str, before: jax.Array) -> jax.Array:
     return jax.grad(lambda values: ACTIVATIONS[function].apply(values).sum())(before)
 
 

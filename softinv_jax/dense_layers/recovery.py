@@ -44,6 +44,7 @@ class DenseRecovery:
       delta: (B, m) the loss's derivative by the output of `layer`.
       misfit: (B,) root mean square residual of the example's own equations, in deviations. surprise: (B,) nats, minus the
         logarithm of how many such examples an accident would be expected to show.
+      noise: standard deviation of an entry of that layer's gradient, as root mean square.
       layer: index of the layer that told them apart, -1 for none. rank: of its gradient, the number of examples that it
         shows. excess: equations that an example had there beyond its unknowns.
       residual: (L,) relative distance of each layer's gradient from that of all examples together; NaN unless all were
@@ -61,6 +62,7 @@ class DenseRecovery:
     delta: np.ndarray
     misfit: np.ndarray
     surprise: np.ndarray
+    noise: float
     layer: int
     rank: int
     excess: int
@@ -200,6 +202,7 @@ def _conclude(
         delta=filled(deltas[0]),
         misfit=filled(assembled.misfit),
         surprise=filled(assembled.surprise),
+        noise=float(np.sqrt(np.mean(chosen.space.noise**2))),
         layer=index,
         rank=rank,
         excess=chosen.excess,
@@ -225,7 +228,7 @@ def _residuals(
         bias, own_bias = layers.bias_gradients[place], deltas[place - index].sum(axis=0) / divisor
         if bias is not None:
             observed, own = np.concatenate([observed, bias[None]]), np.concatenate([own, own_bias[None]])
-        distances.append(float(np.linalg.norm(own - observed) / max(np.linalg.norm(observed), 1e-300)))
+        distances.append(float(np.linalg.norm(own - observed) / (np.linalg.norm(observed) or 1.0)))
         if place < len(layers.activations):
             hidden = layers.activate(place, before[place - index])
     return distances
@@ -280,6 +283,7 @@ def _nothing(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None)
         delta=nan(kernel.shape[1]),
         misfit=nan(),
         surprise=nan(),
+        noise=0.0,
         layer=-1 if chosen is None else index,
         rank=0 if chosen is None else chosen.space.rank,
         excess=0 if chosen is None else chosen.excess,

@@ -32,7 +32,7 @@ from softinv_jax.images.layer_equations import equations_of, solve_layer
 from softinv_jax.images.layer_operator import Geometry, sum_patches
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
-__all__ = ["ChainInversion", "gradient_distance", "invert_chain"]
+__all__ = ["ChainInversion", "gradient_distance", "invert_chain", "invert_from"]
 
 # A value within so many standard deviations of its activation's limits says no more than that it is there.
 CERTAIN = 6.0
@@ -87,12 +87,53 @@ def invert_chain(
       features: (B, d) the head's inputs, as recovered from its gradient.
       unit_roundoff: of the gradients' dtype.
     """
-    shapes = chain_inputs(chain, parameters, image_shape)
     head = chain[-1]
     assert isinstance(head, Dense)
     known, logit_gradient = _enter_head(head, parameters, gradients, features, unit_roundoff)
+    entry = len(chain) - 1
+    return _descend(chain, parameters, gradients, known, logit_gradient, image_shape, entry, unit_roundoff, steps)
+
+
+def invert_from(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    inputs: jax.Array,
+    input_deviation: jax.Array,
+    delta: jax.Array,
+    logit_gradient: jax.Array,
+    image_shape: tuple[int, int, int],
+    *,
+    position: int,
+    unit_roundoff: float,
+    steps: int = STEPS,
+) -> ChainInversion:
+    """Invert what comes before the layer at `position`, whose inputs are known, as `invert_chain` does.
+
+    Args:
+      chain, image_shape, position, steps: static.
+      inputs: (B, d) what enters that layer. input_deviation: (B, d). delta: (B, d) the loss's derivative by it.
+      logit_gradient: (B, C), for the result.
+    """
+    known = _Known(inputs, input_deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta))
+    return _descend(chain, parameters, gradients, known, logit_gradient, image_shape, position, unit_roundoff, steps)
+
+
+def _descend(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    known: _Known,
+    logit_gradient: jax.Array,
+    image_shape: tuple[int, int, int],
+    position: int,
+    unit_roundoff: float,
+    steps: int,
+) -> ChainInversion:
+    """From what enters the layer at `position` to the image."""
+    shapes = chain_inputs(chain, parameters, image_shape)
     met: list[_Met] = []
-    for index in range(len(chain) - 2, -1, -1):
+    for index in range(position - 1, -1, -1):
         layer, shape = chain[index], shapes[index]
         if isinstance(layer, Flatten):
             known = _Known(*(array.reshape(-1, *shape) for array in known))
@@ -151,6 +192,8 @@ def _undo_activation(layer: Activation, known: _Known) -> _Known:
     # A deviation beyond the whole range must not lead out of it.
     margin = jnp.minimum(deviation, (function.high - function.low) / 4)
     inside = jnp.clip(value, function.low + margin, function.high - margin)
+    if function.invert is None:
+        raise ValueError(f"activation {layer.function!r} falls and rises, so that it cannot be undone; use matching")
     before = function.invert(inside if function.one_to_one else value)
 
     def slope(inputs: jax.Array) -> jax.Array:

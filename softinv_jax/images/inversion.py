@@ -1,13 +1,14 @@
 """From a model's parameters and the gradients clients sent to their images, each with a verdict."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
+from softinv_jax.images.dense_batches import DenseImages, dense_end, invert_dense
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.groups import group_size, invert_groups
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
@@ -29,21 +30,24 @@ def invert(
     gradients: Mapping[str, Any],
     image_shape: tuple[int, int, int],
     *,
-    batch_size: int = 1,
+    batch_size: int | Literal["auto"] = 1,
     unknown_scale: bool = False,
     heads: Recovery | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageRecovery:
-    """Recover labels and last-layer features from the head, and from these the images, layer by layer.
+    """Recover labels and images, layer by layer, from the head or from whichever dense layer tells the examples apart.
 
     The label format is not told. `determinacy.count_equations` says beforehand whether the images are determined.
+    Batches of a chain with several dense layers are told apart by those before the head, also where there are fewer
+    classes than examples; else by the head.
 
     Args:
       chain: the network, see `layer_chain`; also for other networks than the two there.
       parameters: by layer, `kernel` and `bias` as flax linen names and shapes them.
       gradients: the same names, each array with a leading axis of N gradients; float32 or float64.
       image_shape: (H, W, channels).
-      batch_size: B examples behind each gradient, which is their mean.
+      batch_size: B examples behind each gradient, which is their mean; `auto`, for several dense layers: as many as the
+        gradient's rank shows.
       unknown_scale: the gradients carry an unknown factor (learning rate, sign).
       heads: what `recover_many` made of the heads of the N gradients, if that has been done, for batch_size 1 only.
       progress: called with (gradients done, N).
@@ -55,18 +59,123 @@ def invert(
       ValueError: naming the layer or option, where chain, parameters, gradients and image_shape do not fit each other,
         or a gradient is not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, not {batch_size}")
-    counts = count_equations(chain, parameters, image_shape, batch_size)
+    end = dense_end(chain)
+    if batch_size != "auto" and batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size}")
+    if batch_size == "auto" and end is None:
+        raise ValueError("batch_size='auto' needs a chain with a dense layer before the head; give the number")
+    counts = count_equations(chain, parameters, image_shape, 1 if batch_size == "auto" else batch_size)
     total = _check_gradients(chain, parameters, gradients)
+    told = _Told(chain, parameters, gradients, image_shape, unknown_scale, tuple(count.layer for count in counts))
+    report = progress or (lambda done, total: None)
+    if end is not None and batch_size != 1:
+        found = _invert_batches(told, batch_size, total, report)
+        if batch_size == "auto" or np.all(found.verdict != ImageVerdict.NOT_FOUND) or not _head_can(told, batch_size):
+            return found
+        other = _invert_by_heads(told, int(batch_size), None, total, report)
+        return other if np.sum(other.label_verdict > 0) > np.sum(found.label_verdict > 0) else found
+    single = _invert_by_heads(told, int(batch_size), heads, total, report)
+    left = np.flatnonzero(np.any(single.label_verdict < Verdict.AMBIGUOUS, axis=1))
+    return single if end is None or batch_size != 1 or not left.size else _with_dense(told, single, left)
+
+
+def _with_dense(told: "_Told", single: ImageRecovery, rows: np.ndarray) -> ImageRecovery:
+    """Single examples that the head leaves open, by the layer before it: its bias fixes the length of the feature."""
+    own = jax.tree.map(lambda leaf: leaf[rows], dict(told.gradients))
+    other = _invert_batches(told._replace(gradients=own), 1, len(rows), lambda done, total: None)
+    better = np.flatnonzero(np.all(other.label_verdict >= Verdict.AMBIGUOUS, axis=1))
+    arrays = {name: np.array(value) for name, value in vars(single).items() if name != "layers"}
+    for name, array in arrays.items():
+        array[rows[better]] = getattr(other, name)[better]
+    return ImageRecovery(**arrays, layers=single.layers)
+
+
+class _Told(NamedTuple):
+    """What `invert` was told."""
+
+    chain: Chain
+    parameters: Mapping[str, Any]
+    gradients: Mapping[str, Any]
+    image_shape: tuple[int, int, int]
+    unknown_scale: bool
+    layers: tuple[str, ...]
+
+
+def _head_can(told: _Told, batch_size: int) -> bool:
+    """Whether the head alone could tell so many apart."""
+    kernel = layer_parameters(told.parameters, _kernel_layers(told.chain)[-1])["kernel"]
+    return bool(batch_size < kernel.shape[1] and batch_size <= kernel.shape[0])
+
+
+def _invert_batches(
+    told: _Told, batch_size: int | Literal["auto"], total: int, report: Callable[[int, int], None]
+) -> ImageRecovery:
+    """Each gradient's examples by its dense layers; rows of NaN where one gradient shows fewer than another."""
+    found = []
+    for index in range(total):
+        own = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), dict(told.gradients))
+        found.append(
+            invert_dense(
+                told.chain, told.parameters, own, told.image_shape, batch_size, unknown_scale=told.unknown_scale
+            )
+        )
+        report(index + 1, total)
+    roundoff = float(np.finfo(_dtype(told.gradients, told.chain)).eps)
+    examples = max(len(one.images) for one in found)
+
+    def stacked(arrays: list[np.ndarray], nothing: float = np.nan) -> np.ndarray:
+        rows = np.full((total, examples, *arrays[0].shape[1:]), nothing, arrays[0].dtype)
+        for row, array in zip(rows, arrays, strict=True):
+            row[: len(array)] = array
+        return rows
+
+    verdict = np.full((total, examples), ImageVerdict.NOT_FOUND, np.int32)
+    condition, misfit = (np.full((total, len(told.layers)), np.nan) for _ in range(2))
+    for index, one in enumerate(found):
+        counts = count_equations(told.chain, told.parameters, told.image_shape, len(one.images))
+        undone = len(one.condition)
+        determined = all(count.determined for count in counts[len(counts) - undone :])
+        for row in np.flatnonzero(np.all(np.isfinite(one.recovery.inputs), axis=1)).tolist():
+            verdict[index, row] = _judge_dense(determined, one, row, roundoff)
+        condition[index, len(counts) - undone :], misfit[index, len(counts) - undone :] = one.condition, one.misfit
+    return ImageRecovery(
+        images=stacked([one.images for one in found]),
+        labels=stacked([one.recovery.label for one in found]),
+        features=stacked([one.recovery.feature for one in found]),
+        label_verdict=stacked([one.recovery.verdict for one in found], Verdict.NOT_FOUND),
+        verdict=verdict,
+        residual=np.array([one.residual for one in found]),
+        expected_error=stacked([one.deviation for one in found]),
+        condition=condition,
+        misfit=misfit,
+        layers=told.layers,
+    )
+
+
+def _judge_dense(determined: bool, found: DenseImages, row: int, roundoff: float) -> ImageVerdict:
+    image, error = found.images[row], float(found.deviation[row])
+    scale_unknown = found.recovery.verdict[row] == Verdict.UNIDENTIFIABLE
+    if not determined or scale_unknown or not np.all(np.isfinite(image)):
+        return ImageVerdict.UNDETERMINED
+    if np.isnan(found.residual):
+        # Its own rows of the gradient hold it; that the rest of the gradient agrees could not be seen.
+        return ImageVerdict.APPROXIMATE
+    # Noise on the gradient is no contradiction.
+    distance = 0.0 if found.residual <= found.tolerated else found.residual
+    return _judge(determined, distance, error, image, roundoff)
+
+
+def _invert_by_heads(
+    told: _Told, batch_size: int, heads: Recovery | None, total: int, report: Callable[[int, int], None]
+) -> ImageRecovery:
+    chain, parameters, gradients, image_shape, unknown_scale, names = told
+    counts = count_equations(chain, parameters, image_shape, batch_size)
     if heads is None:
         labels, features, label_verdict = _recover_heads(_head(chain, parameters, gradients), batch_size, unknown_scale)
     else:
         labels, features, label_verdict = _single(heads)
         if batch_size > 1 or len(labels) != total:
             raise ValueError(f"heads hold {len(labels)} recoveries of single examples for {total} gradients")
-    report = progress or (lambda done, total: None)
-    names = tuple(count.layer for count in counts)
     complete = np.all(label_verdict >= Verdict.AMBIGUOUS, axis=1)
     images = np.full((total, batch_size, *image_shape), np.nan, np.float32)
     verdict = np.full((total, batch_size), ImageVerdict.NOT_FOUND, np.int32)

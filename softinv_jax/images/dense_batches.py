@@ -1,0 +1,175 @@
+"""Images of a batch through the dense end of a chain: the examples told apart there, the layers before it undone."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softinv_jax.activations import ACTIVATIONS
+from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
+from softinv_jax.dense_layers.recovery import DenseRecovery, recover_dense
+from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_from
+from softinv_jax.images.layer_chain import Activation, Chain, Dense, Flatten, layer_parameters
+from softinv_jax.labels.scalar_equation import TOLERANCE
+
+__all__ = ["DenseImages", "dense_end", "invert_dense"]
+
+
+class DenseImages(NamedTuple):
+    """Of one gradient of B examples.
+
+    recovery: labels and what else the dense layers give. images: (B, H, W, channels), NaN where not found. deviation:
+    (B,) root mean square. residual: relative distance of the gradient from that of all images together, NaN unless all
+    were found; tolerated: what it may be. condition, misfit: by layer before the one that told the examples apart, see `exact.ChainInversion`.
+    """
+
+    recovery: DenseRecovery
+    images: np.ndarray
+    deviation: np.ndarray
+    residual: float
+    tolerated: float
+    condition: np.ndarray
+    misfit: np.ndarray
+
+
+def dense_end(chain: Chain) -> tuple[int, list[str]] | None:
+    """Where the dense end of a chain begins, and the activations in it; None where it is the head alone.
+
+    Between two dense layers stands one activation or none.
+    """
+    start = next(index for index, layer in enumerate(chain) if isinstance(layer, Flatten)) + 1
+    if not isinstance(chain[start], Dense):
+        return None
+    activations: list[str] = []
+    for layer, following in zip(chain[start:], chain[start + 1 :], strict=False):
+        if isinstance(layer, Dense) and isinstance(following, Dense):
+            activations.append("identity")
+        elif isinstance(layer, Activation):
+            if isinstance(following, Activation):
+                return None
+            activations.append(layer.function)
+    return (start, activations) if activations else None
+
+
+def _layers(
+    chain: Chain, start: int, activations: list[str], parameters: Mapping[str, Any], gradients: Mapping[str, Any]
+) -> DenseLayers:
+    names = [layer.name for layer in chain[start:] if isinstance(layer, Dense)]
+    held = [{part: np.asarray(array) for part, array in layer_parameters(parameters, name).items()} for name in names]
+    given = [{part: np.asarray(array) for part, array in layer_parameters(gradients, name).items()} for name in names]
+    # A bias whose gradient is not among what was sent is a constant, and does not say where zero is.
+    return dense_layers(
+        [one["kernel"] for one in held],
+        [one.get("bias") for one in held],
+        [one["kernel"] for one in given],
+        [one.get("bias") for one in given],
+        activations,
+    )
+
+
+def invert_dense(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    batch_size: int | Literal["auto"],
+    *,
+    unknown_scale: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> DenseImages:
+    """Recover the examples behind one gradient, see `recover_dense`, and undo the layers before.
+
+    Args:
+      chain: whose `dense_end` is not None. parameters, gradients: by layer; one gradient.
+      image_shape, batch_size, unknown_scale, progress: as of `inversion.invert`.
+    """
+    end = dense_end(chain)
+    assert end is not None
+    start, activations = end
+    layers = _layers(chain, start, activations, parameters, gradients)
+    recovery = recover_dense(layers, batch_size, unknown_scale=unknown_scale, progress=progress)
+    examples = len(recovery.verdict)
+    found = np.all(np.isfinite(recovery.inputs), axis=1)
+    images = np.full((examples, *image_shape), np.nan, recovery.inputs.dtype)
+    deviation, nothing = np.full(examples, np.nan), np.empty(0)
+    dense = [index for index, layer in enumerate(chain) if isinstance(layer, Dense)]
+    position = dense[max(recovery.layer, 0)]
+    whole = int(found.sum()) == recovery.rank > 0
+    tolerated = max(float(np.sqrt(np.finfo(layers.dtype).eps)), _noise_share(layers, recovery))
+    unseen = DenseImages(recovery, images, deviation, np.nan, tolerated, nothing, nothing)
+    if not np.any(found):
+        return unseen
+    if all(isinstance(layer, Flatten) for layer in chain[:position]):
+        images[found] = recovery.inputs[found].reshape(-1, *image_shape)
+        deviation = recovery.input_deviation
+        # What is beyond tolerance was not called found.
+        residual = float(np.max(recovery.residual)) if whole else np.nan
+        return unseen._replace(deviation=deviation, residual=residual, tolerated=math.inf)
+    if not whole or not _can_be_undone(chain[:position]):
+        # What comes before is solved for all examples together.
+        return unseen
+    divisor = float(max(examples, recovery.rank))
+    kernel = layers.kernels[recovery.layer]
+    with jax.enable_x64(True):
+        inverted, distance = _undo(
+            chain,
+            jax.tree.map(jnp.asarray, parameters),
+            jax.tree.map(jnp.asarray, gradients),
+            jnp.asarray(recovery.inputs[found], jnp.float64),
+            jnp.broadcast_to(jnp.asarray(recovery.input_deviation[found])[:, None], recovery.inputs[found].shape),
+            jnp.asarray(recovery.delta[found] @ kernel.T / divisor),
+            jnp.asarray(recovery.logit_gradient[found] / divisor),
+            image_shape,
+            position,
+            float(np.finfo(layers.dtype).eps) / 2,
+        )
+        images[found] = np.asarray(inverted.images)
+        deviation[found] = np.sqrt(np.mean(np.asarray(inverted.deviation) ** 2, axis=(1, 2, 3)))
+    condition, misfit = np.asarray(inverted.condition), np.asarray(inverted.misfit)
+    return DenseImages(recovery, images, deviation, float(distance), tolerated, condition, misfit)
+
+
+def _can_be_undone(chain: Chain) -> bool:
+    return all(ACTIVATIONS[layer.function].invert is not None for layer in chain if isinstance(layer, Activation))
+
+
+def _noise_share(layers: DenseLayers, recovery: DenseRecovery) -> float:
+    """Of the layer's gradient whose share of noise is the largest: six deviations of it, relative."""
+    shares = [
+        TOLERANCE * recovery.noise * np.sqrt(gradient.size) / max(np.linalg.norm(gradient), 1e-300)
+        for gradient in layers.kernel_gradients
+    ]
+    return float(max(shares))
+
+
+@partial(jax.jit, static_argnums=(0, 7, 8, 9))
+def _undo(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    inputs: jax.Array,
+    input_deviation: jax.Array,
+    delta: jax.Array,
+    logit_gradient: jax.Array,
+    image_shape: tuple[int, int, int],
+    position: int,
+    unit_roundoff: float,
+) -> tuple[ChainInversion, jax.Array]:
+    inverted = invert_from(
+        chain,
+        parameters,
+        gradients,
+        inputs,
+        input_deviation,
+        delta,
+        logit_gradient,
+        image_shape,
+        position=position,
+        unit_roundoff=unit_roundoff,
+    )
+    distance = gradient_distance(chain, parameters, gradients, inverted.images, logit_gradient)
+    return inverted, distance
