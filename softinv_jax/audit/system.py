@@ -64,6 +64,7 @@ def make_system(
       FileNotFoundError: where the data set is not prepared.
     """
     model = MODELS[settings.network]
+    assert model.network is not None
     public, private = _load(settings, model.image_size)
     classes, shape = private.number_of_classes, private.images.shape[1:]
     key = jax.random.key(settings.seed, impl=KEYS)

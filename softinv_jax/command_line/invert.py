@@ -3,11 +3,20 @@
 import argparse
 import json
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softinv_jax.command_line.console import InputError, Report, person_console, progress_report, result_console
+from softinv_jax.command_line.argument_types import batch_size
+from softinv_jax.command_line.console import (
+    InputError,
+    Report,
+    input_errors,
+    person_console,
+    progress_report,
+    result_console,
+)
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
@@ -18,8 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-# The parser must not load flax; that these are the names of `models.MODELS` is tested.
-MODEL_NAMES = ("lenet", "fcn4", "alexnet", "resnet18", "resnet18-cifar", "resnet50")
+# The parser must not load flax; that these are the names of `models.MODELS`, and `MLP`, is tested.
+MODEL_NAMES = ("lenet", "fcn4", "mlp", "alexnet", "resnet18", "resnet18-cifar", "resnet50")
+# And this of those of `activations.ACTIVATIONS`.
+ACTIVATION_NAMES = (
+    *("relu", "leaky_relu", "relu6", "hard_tanh"),
+    *("sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus", "elu", "identity"),
+)
 
 _DESCRIPTION = """\
 Recover the images behind gradients of a whole model, and the labels with them; the label format is not told.
@@ -28,10 +42,13 @@ PARAMETERS.npz and GRADIENTS.npz hold arrays named as flax linen does, parts joi
 width, channels in, channels out), conv1/bias, head/kernel (d, C). Gradients have the same names and shapes, with a
 leading axis N for several. Running statistics of batch normalisation are parameters under batch_stats/.
 
-In place of gradients, what clients sent back, for lenet and fcn4: --updated AFTER [AFTER ...], one for each client.
+mlp is dense layers dense1, dense2, ... and head, as many as the files have, with --activation between. Its layers, and
+fcn4's, tell the examples of a batch apart whatever the number of classes: --batch-size B, or auto.
+
+In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each client.
 Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
-exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4): no iteration over images,
+exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over images,
           usually exact to well below a gray level; says so where it is not
 matching  makes the gradient of a dummy image resemble the one observed: any network, slow, approximate
 auto      exact where the network is a chain and its layers are determined, else matching
@@ -56,7 +73,16 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("--gradients", metavar="GRADIENTS.npz", help="what clients sent back")
     parser.add_argument("--out", required=True, metavar="IMAGES.npz", help="where to write the result")
     parser.add_argument("--method", choices=("exact", "matching", "auto"), default="auto", help="see above (auto)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="examples behind each gradient (1)")
+    parser.add_argument(
+        "--activation", choices=ACTIVATION_NAMES, metavar="NAME", help="of mlp (relu): " + ", ".join(ACTIVATION_NAMES)
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=1,
+        metavar="B",
+        help="examples behind each gradient (1); auto, for fcn4 and mlp: as many as its rank shows",
+    )
     parser.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of the square images (the network's usual)"
     )
@@ -91,9 +117,9 @@ def run(arguments: argparse.Namespace) -> None:
     from softinv_jax.audit import models  # noqa: PLC0415 - load jax
     from softinv_jax.command_line import model_files, outputs  # noqa: PLC0415
 
-    model = models.MODELS[arguments.model]
+    model = _mlp(arguments) if arguments.model == models.MLP else models.MODELS[arguments.model]
     if arguments.method == "exact" and model.chain is None:
-        chains = ", ".join(name for name, other in models.MODELS.items() if other.chain is not None)
+        chains = ", ".join([*(name for name, other in models.MODELS.items() if other.chain is not None), models.MLP])
         raise InputError(f"--method exact needs a chain of layers ({chains}); use --method matching")
     written = [path for path in (arguments.out, arguments.figure) if path is not None]
     for path in written:
@@ -147,10 +173,29 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise InputError("--rename is for --updated")
     if not all(old and new for old, _, new in _renamed(arguments)):
         raise InputError(f"--rename {' '.join(arguments.rename)}: give OLD=NEW, such as body.0=conv1")
-    for option in ("batch_size", "channels", "steps", "restarts", "image_size", "refine"):
+    if arguments.activation is not None and arguments.model != "mlp":
+        raise InputError(f"--activation is for --model mlp; {arguments.model} has its own")
+    if arguments.batch_size == "auto" and arguments.model not in ("fcn4", "mlp"):
+        raise InputError(f"--batch-size auto is for fcn4 and mlp; give the number for {arguments.model}")
+    if arguments.batch_size == "auto" and arguments.method == "matching":
+        raise InputError("--batch-size auto needs --method exact; matching must be told the number")
+    for option in ("channels", "steps", "restarts", "image_size", "refine"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise InputError(f"--{option.replace('_', '-')} {value}: give 1 or more")
+
+
+def _mlp(arguments: argparse.Namespace) -> "Model":
+    """The network that the layers of --parameters make."""
+    from softinv_jax.audit import models  # noqa: PLC0415
+    from softinv_jax.frameworks.parameter_files import flat, read_parameter_file, trained_layers  # noqa: PLC0415
+
+    with input_errors():
+        arrays = flat(trained_layers(read_parameter_file(arguments.parameters, arguments.key)))
+    names = {old.replace(".", "/"): new for old, _, new in _renamed(arguments)}
+    layers = {name.rpartition("/")[0] for name in arrays}
+    with input_errors(f"{arguments.parameters}: "):
+        return models.mlp([names.get(layer, layer) for layer in layers], arguments.activation or "relu")
 
 
 def _renamed(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -183,7 +228,9 @@ def _recover(
     if unknown_scale and arguments.refine is not None:
         raise ValueError("--refine compares gradients with their scale; leave it out, or divide by the factor")
     if model.chain is not None and arguments.method != "matching":
-        counts = count_equations(model.chain, parameters, shape, arguments.batch_size)
+        counts = count_equations(
+            model.chain, parameters, shape, 1 if arguments.batch_size == "auto" else arguments.batch_size
+        )
         if arguments.method == "exact" or all(count.determined for count in counts):
             heads = None
             if updates is not None and arguments.batch_size == 1:
@@ -228,6 +275,11 @@ def _recover(
 def _apply_function(model: "Model", parameters: "Tree", statistics: "Tree") -> Any:
     from softinv_jax.client.networks import apply_function  # noqa: PLC0415
 
+    if model.network is None:
+        assert model.chain is not None
+        from softinv_jax.images.layer_chain import apply_chain  # noqa: PLC0415
+
+        return partial(apply_chain, model.chain)
     head = parameters.get("head", {})
     kernel = head.get("kernel") if isinstance(head, dict) else None
     if not isinstance(kernel, np.ndarray) or kernel.ndim != 2:

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from softinv_jax.command_line.argument_types import batch_size
 from softinv_jax.command_line.console import InputError, Report, progress_report, result_console
 from softinv_jax.command_line.parts_folder import claim_parts, remove_parts
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
@@ -79,7 +80,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=_batch_size,
+        type=batch_size,
         default=1,
         metavar="B",
         help="each gradient is the mean over B examples; auto: as many as its numerical rank (default: 1)",
@@ -232,18 +233,6 @@ def _chunk(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
-
-
-def _batch_size(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive integer nor auto")
-    return value
 
 
 def _recover_batches(arguments: argparse.Namespace, observation: "Observation", source: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def _noisy_rank(values: np.ndarray, total: float, shape: tuple[int, int]) -> int
 
 def _largest(matrix: np.ndarray) -> float:
     """The largest singular value, by power iteration: a little less than it."""
-    direction: np.ndarray = np.random.default_rng(0).standard_normal(matrix.shape[1])
+    direction = np.asarray(np.random.default_rng(0).standard_normal(matrix.shape[1]))
     size = 0.0
     for _ in range(POWER_STEPS):
         direction = matrix.T @ (matrix @ direction)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from softinv_jax.audit.models import MODELS
+from softinv_jax.activations import ACTIVATIONS
+from softinv_jax.audit.models import MLP, MODELS
 from softinv_jax.client import (
     LeNet,
     apply_function,
@@ -98,7 +99,8 @@ def test_refinement_is_asked_for_and_written(files: dict, tmp_path: Path, monkey
 
 
 def test_names_of_models() -> None:
-    assert set(invert.MODEL_NAMES) == set(MODELS)
+    assert set(invert.MODEL_NAMES) == {*MODELS, MLP}
+    assert set(invert.ACTIVATION_NAMES) == set(ACTIVATIONS)
 
 
 def spoilt(files: dict, folder: Path, name: str, change: Callable[[dict], None]) -> str:
