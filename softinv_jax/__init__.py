@@ -9,6 +9,7 @@ TYPE_CHECKING = False  # Not from typing, whose loading takes longer than all of
 if TYPE_CHECKING:
     from softinv_jax.batches.batch_recovery import BatchRecovery
     from softinv_jax.batches.class_counts import ClassCounts, count_classes
+    from softinv_jax.dense_layers.recovery import DenseRecovery
     from softinv_jax.labels.assumptions import Assumption, Loss, explain_assumptions
     from softinv_jax.labels.verdicts import (
         Assumptions,
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     )
     from softinv_jax.observation.head import Observation, find_head, observe, observe_head
     from softinv_jax.observation.updates import ObservedUpdate, observe_update, observe_update_head
-    from softinv_jax.recoveries import recover, recover_many, recover_update
+    from softinv_jax.recoveries import recover, recover_many
+    from softinv_jax.whole_models import recover_model, recover_update
 
 __all__ = [
     "Assumption",
@@ -31,6 +33,7 @@ __all__ = [
     "BatchRecovery",
     "Candidates",
     "ClassCounts",
+    "DenseRecovery",
     "Evidence",
     "LabelFormat",
     "LabelKind",
@@ -49,6 +52,7 @@ __all__ = [
     "observe_update_head",
     "recover",
     "recover_many",
+    "recover_model",
     "recover_update",
     "verdict_names",
 ]
@@ -83,6 +87,10 @@ _HOMES = {
     "softinv_jax.recoveries": (
         "recover",
         "recover_many",
+    ),
+    "softinv_jax.dense_layers.recovery": ("DenseRecovery",),
+    "softinv_jax.whole_models": (
+        "recover_model",
         "recover_update",
     ),
 }

@@ -1,4 +1,4 @@
-"""`recover`, `recover_many`, `recover_update`: what gradients of a last layer give away, of one example or a batch."""
+"""`recover` and `recover_many`: what gradients of a last layer give away, of one example or a batch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +12,10 @@ from softinv_jax.batches.batch_recovery import BatchLoss, BatchRecovery, Reducti
 from softinv_jax.batches.class_counts import ClassCounts, count_classes
 from softinv_jax.batches.many_batches import recover_batches
 from softinv_jax.labels import many, recovery
-from softinv_jax.labels.losses import LossName
 from softinv_jax.labels.verdicts import Recovery, Verdict
-from softinv_jax.observation.head import Observation, observe, stack_observations
-from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
+from softinv_jax.observation.head import Observation, observe
 
-__all__ = ["BatchSize", "as_approximate", "recover", "recover_many", "recover_update"]
+__all__ = ["BatchSize", "as_approximate", "recover", "recover_many"]
 
 BatchSize = int | Literal["auto"]
 
@@ -141,45 +139,6 @@ def recover_many(
         counts.append(_count(one, batch_size, options))
         report(index + 1, len(gradients))
     return counts
-
-
-def recover_update(
-    update: ObservedUpdate, *, batch_size: BatchSize = 1, head: str | None = None, loss: LossName = "auto"
-) -> Recovery | BatchRecovery | ClassCounts:
-    """Recover what the head gives away in a client's update of a whole model; docs/frameworks.md has examples.
-
-    Args:
-      update: see `observe_update`.
-      batch_size: examples behind the update; see `recover`.
-      head: name of the last dense layer, where shapes and names do not tell it; see `find_head`.
-      loss: see `recover`.
-
-    Returns:
-      A `Recovery` of NumPy arrays, or a `BatchRecovery` for another batch size than 1, whose `scale`
-      includes the learning rate where that is not known. Where the update is not exact, nothing is `unique`.
-      `ClassCounts` for as many examples as classes or more.
-
-    Raises:
-      ValueError: as `recover`, and for a head that is not found.
-    """
-    observation = observe_update_head(update, name=head)
-    if not _is_one(batch_size):
-        batch = recover(
-            observation,
-            batch_size=batch_size,
-            unknown_scale=not update.scale_known,
-            loss=loss,  # type: ignore[arg-type]
-        )
-        return batch if update.exact or isinstance(batch, ClassCounts) else as_approximate(batch)
-    # Rounding of the parameters is noise, which only the thorough search can deal with.
-    found = many.recover_many(
-        stack_observations([observation]),
-        unknown_scale=not update.scale_known,
-        loss=loss,
-        approximate=not update.exact,
-        thorough=True,
-    )
-    return jax.tree.map(lambda leaf: leaf[0], found)
 
 
 Result = TypeVar("Result", Recovery, BatchRecovery)

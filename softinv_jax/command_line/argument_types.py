@@ -2,7 +2,13 @@
 
 import argparse
 
-__all__ = ["batch_size"]
+__all__ = ["ACTIVATION_NAMES", "batch_size"]
+
+# The parser must not load jax; that these are the names of `activations.ACTIVATIONS` is tested.
+ACTIVATION_NAMES = (
+    *("relu", "leaky_relu", "relu6", "hard_tanh"),
+    *("sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus", "elu", "identity"),
+)
 
 
 def batch_size(text: str) -> int | str:

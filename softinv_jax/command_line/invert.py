@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softinv_jax.command_line.argument_types import batch_size
+from softinv_jax.command_line.argument_types import ACTIVATION_NAMES, batch_size
 from softinv_jax.command_line.console import (
     InputError,
     Report,
@@ -29,11 +29,6 @@ __all__ = ["add_parser", "run"]
 
 # The parser must not load flax; that these are the names of `models.MODELS`, and `MLP`, is tested.
 MODEL_NAMES = ("lenet", "fcn4", "mlp", "alexnet", "resnet18", "resnet18-cifar", "resnet50")
-# And this of those of `activations.ACTIVATIONS`.
-ACTIVATION_NAMES = (
-    *("relu", "leaky_relu", "relu6", "hard_tanh"),
-    *("sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus", "elu", "identity"),
-)
 
 _DESCRIPTION = """\
 Recover the images behind gradients of a whole model, and the labels with them; the label format is not told.

@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from softinv_jax.command_line.argument_types import batch_size
+from softinv_jax.command_line.argument_types import ACTIVATION_NAMES, batch_size
 from softinv_jax.command_line.console import InputError, Report, progress_report, result_console
 from softinv_jax.command_line.parts_folder import claim_parts, remove_parts
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from softinv_jax.batches.batch_recovery import BatchRecovery
+    from softinv_jax.batches.class_counts import ClassCounts
     from softinv_jax.labels.verdicts import Recovery
     from softinv_jax.observation.head import Observation
+    from softinv_jax.observation.updates import ObservedUpdate
 
 __all__ = ["add_parser", "run"]
 
@@ -32,7 +35,8 @@ OBSERVATION.npz, as np.savez writes it, holds (C classes, d features, N gradient
   bias_gradient    (C,) or (N, C)       with it
 
 In place of gradients, the model before and after a client's training: --parameters BEFORE --updated AFTER [AFTER ...],
-one AFTER for each client. The head is found by shape and name; without --learning-rate the scale is unknown.
+one AFTER for each client. The head is found by shape and name; without --learning-rate the scale is unknown. Batches
+that the head cannot tell apart are told apart by the dense layers before it, where there are some.
 
 RECOVERY.npz holds, with NaN where nothing is recovered,
   labels (N, 1, C), features (N, 1, d), scale (N,)
@@ -109,6 +113,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     )
     parser.add_argument("--label-format", choices=("smoothing", "mixup"), help="the format for --method variance")
     parser.add_argument("--parameters", metavar="BEFORE", help="the model the clients were sent, for --updated")
+    parser.add_argument(
+        "--activation",
+        choices=("auto", *ACTIVATION_NAMES),
+        metavar="NAME",
+        help="between the dense layers of --updated, for batches that the head cannot tell apart: auto (tries the usual"
+        " ones), " + ", ".join(ACTIVATION_NAMES),
+    )
     parser.add_argument("--head", metavar="LAYER", help="the last dense layer, where --updated leaves it open")
     add_update_options(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON summary on stdout, and nothing else there")
@@ -128,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     inputs = [arguments.observation, arguments.parameters, *(arguments.updated or [])]
     outputs.check_apart({"--out": arguments.out}, inputs)
-    statement, in_parts = None, False
+    statement, in_parts, updates = None, False, None
     if arguments.updated is None:
         in_parts = arguments.batch_size == 1 and (arguments.chunk is not None or _is_large(arguments.observation))
         observation = observation_file.read_observation(arguments.observation, mapped=in_parts)
@@ -145,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
         source = {"parameters": arguments.parameters, "updated": arguments.updated, "update": statement}
 
     if arguments.batch_size != 1:
-        _recover_batches(arguments, observation, source)
+        _recover_batches(arguments, observation, source, updates)
         return
     start = time.perf_counter()
     examples = observation.weight_gradient.shape[0]
@@ -235,11 +246,16 @@ def _chunk(text: str) -> int:
     return int(text)
 
 
-def _recover_batches(arguments: argparse.Namespace, observation: "Observation", source: dict[str, Any]) -> None:
+def _recover_batches(
+    arguments: argparse.Namespace,
+    observation: "Observation",
+    source: dict[str, Any],
+    updates: "list[ObservedUpdate] | None",
+) -> None:
     from softinv_jax.batches.batch_recovery import BatchRecovery  # noqa: PLC0415
     from softinv_jax.batches.class_counts import ClassCounts  # noqa: PLC0415
     from softinv_jax.command_line import outputs, recovery_file  # noqa: PLC0415
-    from softinv_jax.recoveries import as_approximate, recover_many  # noqa: PLC0415
+    from softinv_jax.recoveries import recover_many  # noqa: PLC0415
     from softinv_jax.report.counts_summary import counts_summary, counts_table  # noqa: PLC0415
     from softinv_jax.report.summary import batch_summary, batch_table  # noqa: PLC0415
 
@@ -248,21 +264,23 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
     with progress_report() as report:
         report(0, gradients, "recovering batches")
         try:
-            recoveries = recover_many(
-                observation,
-                batch_size=arguments.batch_size,
-                reduction=arguments.reduction,
-                unknown_scale=arguments.unknown_scale,
-                loss=arguments.loss,
-                progress=lambda done, total: report(done, total, "recovering batches"),
+            recoveries = (
+                _of_updates(arguments, updates, report)
+                if updates is not None
+                else recover_many(
+                    observation,
+                    batch_size=arguments.batch_size,
+                    reduction=arguments.reduction,
+                    unknown_scale=arguments.unknown_scale,
+                    loss=arguments.loss,
+                    progress=lambda done, total: report(done, total, "recovering batches"),
+                )
             )
         except ValueError as error:
             raise InputError(str(error)) from error
     seconds = time.perf_counter() - start
     batches = [one for one in recoveries if isinstance(one, BatchRecovery)]
     counts = [one for one in recoveries if isinstance(one, ClassCounts)]
-    if arguments.local_steps > 1:
-        batches = [as_approximate(one) for one in batches]
     arrays = recovery_file.counts_arrays(counts) if counts else recovery_file.batch_arrays(batches)
     outputs.write_npz(arguments.out, arrays)
     summary = counts_summary(counts) if counts else batch_summary(batches)
@@ -277,6 +295,28 @@ def _recover_batches(arguments: argparse.Namespace, observation: "Observation", 
         "seconds": round(seconds, 3),
     }
     _show(arguments, context, summary, counts_table if counts else batch_table)
+
+
+def _of_updates(
+    arguments: argparse.Namespace, updates: "list[ObservedUpdate]", report: Report
+) -> "list[BatchRecovery | ClassCounts]":
+    """Of whole models: by the head, or by the dense layers before it."""
+    from softinv_jax.whole_models import recover_update  # noqa: PLC0415
+
+    recoveries: list[Any] = []
+    for update in updates:
+        recoveries.append(
+            recover_update(
+                update,
+                batch_size=arguments.batch_size,
+                reduction=arguments.reduction,
+                head=arguments.head,
+                loss=arguments.loss,
+                activation=arguments.activation or "auto",
+            )
+        )
+        report(len(recoveries), len(updates), "recovering batches")
+    return recoveries
 
 
 def _show(
@@ -305,6 +345,8 @@ def _check_method(arguments: argparse.Namespace) -> None:
     check_update_options(arguments)
     if arguments.updated is None and (arguments.parameters is not None or arguments.head is not None):
         raise InputError("--parameters and --head go with --updated; give what the clients sent back")
+    if arguments.activation is not None and (arguments.updated is None or arguments.batch_size == 1):
+        raise InputError("--activation is for --updated with --batch-size; the head alone has none")
     if (arguments.observation is None) == (arguments.updated is None):
         raise InputError("give either OBSERVATION.npz, or --parameters BEFORE and --updated AFTER")
     if arguments.updated is not None and arguments.chunk is not None:

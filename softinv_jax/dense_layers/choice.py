@@ -40,7 +40,9 @@ def choose_layers(layers: DenseLayers, largest: int | None) -> Iterator[ChosenLa
     """
     for index in range(len(layers.activations) - 1, -1, -1):
         kernel, gradient = layers.kernels[index], layers.kernel_gradients[index]
-        slopes = ACTIVATIONS[layers.activations[index]].slopes or (0.0, 1.0)
+        slopes = ACTIVATIONS[layers.activations[index]].slopes
+        if slopes is None:
+            continue
         last = index == len(layers.activations) - 1
         following = next_layer(layers.kernels[index + 1], last and _sums_to_zero(layers), slopes)
         unknowns = following.weight.shape[1]

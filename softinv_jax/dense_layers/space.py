@@ -69,16 +69,18 @@ def layer_space(
     if bias is not None and bias_gradient is not None:
         matrix = np.concatenate([matrix, bias_gradient[:, None]], axis=1)
         weight = np.concatenate([weight, bias[:, None]], axis=1)
-    rows, columns = matrix.shape
-    edge = np.sqrt(rows) + np.sqrt(columns)
+    columns = matrix.shape[1]
+    # Units that are never open, and inputs that are always zero, hold neither signal nor noise.
+    live = int(np.any(matrix, axis=1).sum()), int(np.any(matrix, axis=0).sum())
+    edge = np.sqrt(live[0]) + np.sqrt(live[1])
     noise, profile = _rounding(matrix, dtype)
     values, right = _decompose(matrix / profile / noise[:, None], CORRELATED * edge)
-    rank = rounding_rank(values, edge)
+    rank = rounding_rank(values[: min(live)], edge)
     if rank is None:
         # Other noise, the same on all entries as far as is known.
         profile = np.ones(columns)
         values, right = _decompose(matrix, 0.0)
-        rank = _noisy_rank(values, np.sum(matrix**2), (rows, columns))
+        rank = _noisy_rank(values[: min(live)], np.sum(matrix**2), live)
         rank = rank if largest is None else min(rank, largest)
     matrix = matrix / profile
     # What is left beyond the rank is the noise: more than one rounding, where sums were rounded on the way.

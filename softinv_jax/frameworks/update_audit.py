@@ -11,7 +11,8 @@ from softinv_jax.batches.class_counts import ClassCounts
 from softinv_jax.frameworks.parameter_files import Tree, name_arrays, trained_layers
 from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.observation.updates import ObservedUpdate, observe_update
-from softinv_jax.recoveries import BatchSize, recover_update
+from softinv_jax.recoveries import BatchSize
+from softinv_jax.whole_models import recover_update
 
 __all__ = ["ClientAudit", "UpdateAuditor"]
 

@@ -17,6 +17,7 @@ __all__ = [
     "append_bias",
     "check_finite",
     "find_head",
+    "list_dense_layers",
     "observe",
     "observe_head",
     "stack_observations",
@@ -197,7 +198,7 @@ def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_
     Raises:
       ValueError: no dense layer, or several that fit; the message lists them.
     """
-    layers = _dense_layers(parameters)
+    layers = list_dense_layers(parameters)
     if not layers:
         raise ValueError("no dense layer (2-D 'kernel' or 'weight') in these parameters")
     listing = ", ".join(f"{path} ({inputs} -> {outputs})" for path, (inputs, outputs) in layers.items())
@@ -222,7 +223,8 @@ def find_head(parameters: Mapping[str, Any], *, name: str | None = None, number_
     return next(iter(fitting))
 
 
-def _dense_layers(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, int]]:
+def list_dense_layers(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every dense layer by its path, parts joined by "/"."""
     layers: dict[str, tuple[int, int]] = {}
     for key, value in parameters.items():
         if not isinstance(value, Mapping):
@@ -231,7 +233,7 @@ def _dense_layers(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, 
         if held is not None:
             rows, columns = value[held].shape
             layers[path] = (rows, columns) if held == "kernel" else (columns, rows)
-        layers |= _dense_layers(value, f"{path}/")
+        layers |= list_dense_layers(value, f"{path}/")
     return layers
 
 

@@ -22,6 +22,7 @@ from softinv_jax.client import (
     sample_batch,
 )
 from softinv_jax.command_line import invert
+from softinv_jax.command_line.argument_types import ACTIVATION_NAMES
 from softinv_jax.command_line.main import main
 from softinv_jax.images import refinement
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio
@@ -100,7 +101,7 @@ def test_refinement_is_asked_for_and_written(files: dict, tmp_path: Path, monkey
 
 def test_names_of_models() -> None:
     assert set(invert.MODEL_NAMES) == {*MODELS, MLP}
-    assert set(invert.ACTIVATION_NAMES) == set(ACTIVATIONS)
+    assert set(ACTIVATION_NAMES) == set(ACTIVATIONS)
 
 
 def spoilt(files: dict, folder: Path, name: str, change: Callable[[dict], None]) -> str:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softinv_jax.client import FCN4, LeNet, apply_function, initialise
 from softinv_jax.activations import ACTIVATIONS
+from softinv_jax.client import FCN4, LeNet, apply_function, initialise
 from softinv_jax.images.layer_chain import (
     Activation,
     Chain,
