@@ -228,15 +228,8 @@ def _recover_batch(
     options: dict[str, Any],
 ) -> BatchRecovery | ClassCounts:
     options = {"unknown_scale": not update.scale_known, **options}
-    classes = observation.weight.shape[0]
-    by_head: BatchRecovery | ClassCounts | None = None
-    refusal: ValueError | None = None
-    several = len(find_dense_end(update.parameters, head=head)) > 1
-    # With as many examples as classes the head's rank shows only that.
-    if not several or (batch_size != "auto" and batch_size < classes):
-        by_head = recover(observation, batch_size=batch_size, **options)
-        if not several or (isinstance(by_head, BatchRecovery) and np.all(by_head.verdict >= Verdict.AMBIGUOUS)):
-            return by_head
+    if len(find_dense_end(update.parameters, head=head)) < 2:
+        return recover(observation, batch_size=batch_size, **options)
     by_layers = as_batch(
         recover_model(
             update.parameters,
@@ -248,16 +241,14 @@ def _recover_batch(
             head=head,
         )
     )
-    if isinstance(by_head, BatchRecovery):
-        better = np.sum(by_layers.verdict > 0) > np.sum(by_head.verdict > 0)
-        return by_layers if better else by_head
-    if np.any(np.isfinite(by_layers.label)):
+    if np.all(by_layers.verdict != Verdict.NOT_FOUND):
         return by_layers
     try:
-        # Nothing told them apart: what they have in common.
-        return recover(observation, batch_size=batch_size, **options)
-    except ValueError as error:
-        refusal = error
-    if np.any(by_layers.verdict != Verdict.NOT_FOUND):
+        # By the head; or, where that tells nothing apart, what the examples have in common.
+        by_head = recover(observation, batch_size=batch_size, **options)
+    except ValueError:
+        # Not even that can be known here, which the verdicts say.
         return by_layers
-    raise refusal
+    if isinstance(by_head, ClassCounts):
+        return by_layers if np.any(by_layers.verdict != Verdict.NOT_FOUND) else by_head
+    return by_layers if np.sum(by_layers.verdict > 0) > np.sum(by_head.verdict > 0) else by_head

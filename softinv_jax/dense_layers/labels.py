@@ -10,8 +10,9 @@ import numpy as np
 from scipy.special import softmax
 
 from softinv_jax.dense_layers.assembly import Assembled
+from softinv_jax.dense_layers.common_scale import common_scale
 from softinv_jax.dense_layers.layers import DenseLayers
-from softinv_jax.labels.assumptions import Loss
+from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation
@@ -59,16 +60,43 @@ def find_labels(layers: DenseLayers, index: int, assembled: Assembled, *, unknow
     before = layers.before(index, assembled.inputs)
     feature = layers.activate(len(layers.kernels) - 2, before[-2])
     gradient, deviation = _logit_gradient(layers, index, before, assembled)
-    if assembled.scaled and not unknown_scale:
-        prediction, error = _prediction(layers, index, assembled, np.ones(len(feature)))
-        found = _at_known_scale(prediction, gradient, np.hypot(deviation, error), feature)
-        open_ones = np.flatnonzero(found.verdict == Verdict.REFUTED)
-    else:
-        found = _none(feature, gradient)
-        open_ones = np.arange(len(feature))
+    found = _none(feature, gradient)
+    if assembled.scaled:
+        found = _at_common_scale(layers, index, assembled, found, deviation, unknown_scale=unknown_scale)
+    open_ones = np.flatnonzero(found.verdict == Verdict.REFUTED)
     if open_ones.size:
         _search_singly(layers, index, assembled, found, open_ones, deviation, unknown_scale=unknown_scale)
     return found
+
+
+def _at_common_scale(
+    layers: DenseLayers,
+    index: int,
+    assembled: Assembled,
+    nothing: LabelsFound,
+    deviation: np.ndarray,
+    *,
+    unknown_scale: bool,
+) -> LabelsFound:
+    """Where the inputs' scale is known, and so the predictions: at the gradient's scale, told or found."""
+    gradient = nothing.logit_gradient
+    prediction, error = _prediction(layers, index, assembled, np.ones(len(gradient)))
+    found = nothing
+    if not unknown_scale:
+        found = _at_known_scale(prediction, gradient, np.hypot(deviation, error), nothing)
+        if 2 * np.sum(found.verdict == Verdict.REFUTED) <= len(gradient):
+            return found
+    scale = common_scale(prediction, gradient, error, deviation)
+    if scale is None:
+        return found
+    own = np.hypot(deviation, np.abs(gradient / scale.value) * scale.deviation) / abs(scale.value)
+    other = _at_known_scale(prediction, gradient / scale.value, np.hypot(own, error), nothing)
+    if np.sum(other.verdict == Verdict.REFUTED) >= np.sum(found.verdict == Verdict.REFUTED) and not unknown_scale:
+        return found
+    other.scale[:] = scale.value
+    if not unknown_scale:
+        other.refuted[:] |= int(Assumption.SCALE)
+    return other
 
 
 def _none(feature: np.ndarray, gradient: np.ndarray) -> LabelsFound:
@@ -88,13 +116,13 @@ def _none(feature: np.ndarray, gradient: np.ndarray) -> LabelsFound:
 
 
 def _at_known_scale(
-    prediction: np.ndarray, gradient: np.ndarray, deviation: np.ndarray, feature: np.ndarray
+    prediction: np.ndarray, gradient: np.ndarray, deviation: np.ndarray, nothing: LabelsFound
 ) -> LabelsFound:
     """y = p - g, if that is a label. Nothing is assumed of its format; where it has one, that confirms loss and scale.
 
     Were the loss or the scale another, p - c g would not be one level over classes whose p differ.
     """
-    found = _none(feature, gradient)
+    found = _none(nothing.feature, nothing.logit_gradient)
     label = prediction - gradient
     for row, (own, error) in enumerate(zip(label, deviation, strict=True)):
         reach = TOLERANCE * error
