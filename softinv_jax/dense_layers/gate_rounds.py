@@ -1,7 +1,7 @@
 """Every example of a layer with two slopes: rounds of starts, kept away from what is found, until all are found.
 
 What rounds are made of: where t begins (as a label's error would look, as one already found, or anything), how rigid it
-is, and the corner that a start is drawn to. The first two are drawn as they succeeded before; the corner is orthogonal to
+is, whether all units are closed at first or those that a typical input closes, and the corner that a start is drawn to. The first three are drawn as they succeeded before; the corner is orthogonal to
 the deltas already found, so that these gain nothing by it.
 """
 
@@ -13,17 +13,22 @@ import numpy as np
 from scipy.special import softmax
 
 from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, fit_gates, is_among, is_credible
-from softinv_jax.dense_layers.gate_search import search_gates
+from softinv_jax.dense_layers.gate_search import STEPS, search_gates
 from softinv_jax.dense_layers.space import LayerSpace
 
 __all__ = ["SingleRow", "search_all_gates"]
 
 STARTS = 256
-MOST_ROUNDS = 40
-# Without one example more in so many rounds, no more are expected.
-BARREN_ROUNDS = 6
+# Rounds, and so many in turn without one example more: at least, and where a round is little work, as many as this
+# number of operations allows.
+ROUNDS, BARREN_ROUNDS = (40, 600), (6, 80)
+OPERATIONS = 1e12
 RIGIDITIES = (0.3, 1.0, 10.0, 100.0)
 KINDS = ("label", "confident", "found", "any")
+BEGINNINGS = ("closed", "typical")
+# How strongly a start is drawn to its corner, for each beginning; and of a typical input's gates, how many are turned.
+PULLS = (0.2, 0.02)
+TURNED = 0.1
 WORTH_A_FIT = 0.5
 
 
@@ -41,12 +46,15 @@ class SingleRow:
     confirmed: bool
 
 
+WAYS = (len(KINDS), len(RIGIDITIES), len(BEGINNINGS))
+
+
 @dataclass
 class _Tally:
     """How often each way of starting found an example, so that what works is drawn more often."""
 
-    tried: np.ndarray = field(default_factory=lambda: np.full((len(KINDS), len(RIGIDITIES)), 4.0))
-    found: np.ndarray = field(default_factory=lambda: np.ones((len(KINDS), len(RIGIDITIES))))
+    tried: np.ndarray = field(default_factory=lambda: np.full(WAYS, 4.0))
+    found: np.ndarray = field(default_factory=lambda: np.ones(WAYS))
 
     def draw(self, generator: np.random.Generator, count: int, can_be_found: bool) -> np.ndarray:
         share = self.found / self.tried
@@ -84,20 +92,28 @@ def search_all_gates(
     deltas = np.zeros((len(space.noise), space.rank), np.float32)
     deltas[:, : remaining.shape[1]] = np.linalg.qr(space.noise[:, None] * (space.left @ remaining))[0]
     outputs = np.linalg.qr(following.weight)[0].astype(np.float32)
+    typical = _typical_gates(space)
     found: list[GateSolution] = []
     tally, barren = _Tally(), 0
-    for _ in range(MOST_ROUNDS):
-        if len(found) >= wanted or barren >= BARREN_ROUNDS:
+    rounds, patience = _rounds(len(space.noise), space.rank + following.weight.shape[1])
+    for _ in range(rounds):
+        if len(found) >= wanted or barren >= patience:
             break
         ways = tally.draw(generator, STARTS, bool(found or known or others))
-        rigidity = np.asarray(RIGIDITIES, np.float32)[ways % len(RIGIDITIES)]
+        kinds, stiff, begun = np.unravel_index(ways, WAYS)
         examples = [row.solution for row in known] + others + found
-        starts = _starts(generator, following, ways // len(RIGIDITIES), examples)
-        objectives = _objectives(
-            generator, deltas, [space.noise * (space.left @ one.coordinates) for one in others + found]
-        )
+        starts, gates = _starts(generator, following, kinds, examples, typical)
+        beginnings = np.where(begun[:, None] == BEGINNINGS.index("typical"), gates * starts, 0)
+        taken = [space.noise * (space.left @ one.coordinates) for one in others + found]
+        objectives = _objectives(generator, deltas, taken) * np.asarray(PULLS, np.float32)[begun][:, None]
         delta, target = search_gates(
-            jnp.asarray(deltas), jnp.asarray(outputs), objectives, starts, rigidity, following.slopes
+            jnp.asarray(deltas),
+            jnp.asarray(outputs),
+            objectives,
+            starts,
+            beginnings.astype(np.float32),
+            np.asarray(RIGIDITIES, np.float32)[stiff],
+            following.slopes,
         )
         candidates = _candidates(np.asarray(delta), np.asarray(target), following.slopes)
         successes = []
@@ -111,6 +127,13 @@ def search_all_gates(
     return found
 
 
+def _rounds(units: int, unknowns: int) -> tuple[int, int]:
+    """How many rounds at most, and how many in turn that find nothing."""
+    affordable = OPERATIONS / (4.0 * STARTS * STEPS * units * unknowns)
+    rounds = int(np.clip(affordable, *ROUNDS))
+    return rounds, int(np.clip(affordable / 8, *BARREN_ROUNDS))
+
+
 def _remaining(space: LayerSpace, known: list[SingleRow]) -> np.ndarray:
     """(B, B - k) orthonormal: the coordinates beta that are dual to the known inputs."""
     if not known:
@@ -119,10 +142,21 @@ def _remaining(space: LayerSpace, known: list[SingleRow]) -> np.ndarray:
     return np.linalg.qr(duals / np.linalg.norm(duals, axis=0), mode="complete")[0][:, len(known) :]
 
 
+def _typical_gates(space: LayerSpace) -> np.ndarray:
+    """(m,) which units the shortest input with a constant 1 opens: what inputs have in common; none without a bias."""
+    if not space.has_bias:
+        return np.zeros(len(space.noise), bool)
+    return np.asarray(space.directions @ space.constant > 0)
+
+
 def _starts(
-    generator: np.random.Generator, following: NextLayer, kinds: np.ndarray, examples: list[GateSolution]
-) -> np.ndarray:
-    """(S, m) t of length one."""
+    generator: np.random.Generator,
+    following: NextLayer,
+    kinds: np.ndarray,
+    examples: list[GateSolution],
+    typical: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(S, m) t of length one, and the slopes of gates that go with it: typical ones, or those of the example found."""
     count, size = len(kinds), len(following.basis)
     rows = np.arange(count)
     # Predictions as of a network that knows little, or is sure of something.
@@ -136,13 +170,18 @@ def _starts(
     anything = kinds == KINDS.index("any")
     combination[anything] = generator.standard_normal((int(anything.sum()), combination.shape[1]))
     again = np.flatnonzero(kinds == KINDS.index("found"))
+    gates = np.broadcast_to(typical, (count, len(typical))).copy()
     if len(examples):
         chosen = generator.integers(0, len(examples), len(again))
         own = np.stack([one.combination for one in examples])[chosen]
         noise = generator.standard_normal(own.shape) * generator.choice([0.03, 0.1, 0.3], (len(own), 1))
         combination[again] = own + noise * np.sqrt(1 / own.shape[1])
+        gates[again] = np.stack([one.gates for one in examples])[chosen]
     starts = combination @ following.weight.T
-    return (starts / np.maximum(np.linalg.norm(starts, axis=1, keepdims=True), 1e-300)).astype(np.float32)
+    starts = starts / np.maximum(np.linalg.norm(starts, axis=1, keepdims=True), 1e-300)
+    low, high = following.slopes
+    turned = gates ^ (generator.random(gates.shape) < TURNED)
+    return starts.astype(np.float32), np.where(turned, high, low)
 
 
 def _objectives(generator: np.random.Generator, deltas: np.ndarray, found: list[np.ndarray]) -> np.ndarray:

@@ -13,14 +13,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-__all__ = ["search_gates"]
+__all__ = ["STEPS", "search_gates"]
 
 STEPS = 300
 OVER_RELAXATION = 1.6
 # Share of the steps after which the edges begin to draw, and how strongly in the end.
 CONVEX_SHARE = 0.3
 SHARPNESS = 0.5
-PULL = 0.2
 
 
 @partial(jax.jit, static_argnames=("slopes",))
@@ -29,6 +28,7 @@ def search_gates(
     outputs: jax.Array,
     objectives: jax.Array,
     starts: jax.Array,
+    beginnings: jax.Array,
     rigidity: jax.Array,
     slopes: tuple[float, float],
 ) -> tuple[jax.Array, jax.Array]:
@@ -36,7 +36,8 @@ def search_gates(
 
     Args:
       deltas: (m, B) orthonormal columns, or zeros, that hold the deltas. outputs: (m, n) orthonormal, that hold W g.
-      objectives: (S, B) unit vectors: where each start is drawn to. starts: (S, m) of t, of length one.
+      objectives: (S, B): where each start is drawn to, and how strongly. starts: (S, m) of t, of length one.
+      beginnings: (S, m) of delta.
       rigidity: (S,) how much t resists, in units of delta.
       slopes: lower and upper.
 
@@ -45,14 +46,13 @@ def search_gates(
     """
     low, high = slopes
     units = starts
-    pull = PULL * objectives
     stiff = rigidity[:, None]
 
     def step(number: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         delta, target, delta_dual, target_dual, _, _ = state
         share = number.astype(jnp.float32) / STEPS
         sharp = SHARPNESS * jnp.maximum(0.0, (share - CONVEX_SHARE) / (1 - CONVEX_SHARE))
-        first = ((delta - delta_dual) @ deltas + pull * (1 - share)) @ deltas.T
+        first = ((delta - delta_dual) @ deltas + objectives * (1 - share)) @ deltas.T
         second = ((target - target_dual) @ outputs) @ outputs.T
         # The length of t along its start stays 1: without that, zero would solve everything.
         second = second + (1 - jnp.sum(second * units, axis=1, keepdims=True)) * units
@@ -71,5 +71,5 @@ def search_gates(
         return new_delta, new_target, ahead - new_delta, aside - new_target, first, second
 
     zeros = jnp.zeros_like(starts)
-    state = (zeros, starts, zeros, zeros, zeros, starts)
+    state = (beginnings, starts, zeros, zeros, beginnings, starts)
     return jax.lax.fori_loop(0, STEPS, step, state)[4:]
