@@ -1,9 +1,9 @@
 """Examples behind one dense layer whose activation's derivative is smooth: one equation from many starts.
 
-An example's input is h = V a, so a alone gives z = W h, and delta = act'(z) * (W' g) with g the loss's derivative by the
-next layer's output. delta must lie in the column space of R U:
+An example's input is h = K V a, so a alone gives z = W h, and delta = act'(z) * (W' g) with g the loss's derivative by
+the next layer's output. delta must lie in the column space of R U:
 
-    P R^-1 diag(act'(V a)) W' g = 0,        P = 1 - U U^T
+    P R^-1 diag(act'(z)) W' g = 0,        P = 1 - U U^T
 
 m - B equations for B + n - 1 unknowns. No label is asked for: g is free, but for a softmax's sum of zero, or for the
 column space of the next layer's own gradient where that has rank B; there the next layer's input act(z) lies in its row
@@ -28,14 +28,14 @@ from softinv_jax.batches.lanes import over_lanes
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.space import LayerSpace, layer_space
 from softinv_jax.linear_algebra import inverse_and_log_determinant
-from softinv_jax.observation.rank_one import unit_roundoff
 
 __all__ = ["SmoothSolution", "is_credible_smooth", "search_smooth"]
 
 STARTS = 32
 STEPS = 60
 POLISH = 15
-FRUITLESS = 6  # Rounds in a row, before it gives up.
+PROMISING = 1e3  # Deviations, of what is polished.
+FRUITLESS = 16  # Rounds in a row, before it gives up.
 NO_GAIN = 1e-4
 STUCK = 1e8
 INVERSE_ITERATIONS = 8
@@ -54,12 +54,14 @@ class SmoothSolution(NamedTuple):
     """One example, in the coordinates of a `LayerSpace`.
 
     Attributes:
-      coordinates: (B,) a, so that h = V a. Without a bias in the layer, an odd activation (tanh) leaves the sign open.
+      coordinates: (B,) a, so that h = K V a. Without a bias in the layer, an activation with an even
+        derivative (sigmoid, tanh, softplus's is not) leaves the sign of a and g open: the forward pass has it.
       logit_gradient: (n,) g of the next layer's outputs, of unknown length; its sign makes the divisor positive.
       misfit: root mean square of all residuals in units of their noise. freedom: equations less unknowns.
       spread: of what is projected, in the same units: what the misfit would be of a delta in no relation to U.
       divisor: beta^T S^-1 a with that g: g D / divisor is that of a loss divided by D.
-      deviation: standard deviation of a, relative to its length, that the noise leaves, or what is left where that is more.
+      deviation: standard deviation of a, relative to its length, that the noise leaves; or what is left, where that is
+        more than noise.
     """
 
     coordinates: np.ndarray
@@ -77,8 +79,8 @@ class _Equations(NamedTuple):
     Attributes:
       left: (m, B) U, confined. directions: (m, B) of a. moves: (B, B) orthonormal columns, what a may change by.
       weight: (m, n) R^-1 W' Q, what g's coordinates are multiplied by. scales: (m, B) U S^-1, not confined.
-      next_right: (m or m + 1, k) row space of the next layer's gradient, confined; its last row that of the constant.
-      next_scales: likewise with S^-1, not confined; k is 0 where the row space says nothing.
+      next_right: (m or m + 1, k) V of the next layer's gradient, confined; its last row is that of the constant 1.
+      next_scales: likewise with S^-1, not confined; k is 0 where the row space says nothing. next_columns: its K.
       rounding: () relative, of every entry.
     """
 
@@ -89,6 +91,7 @@ class _Equations(NamedTuple):
     scales: jax.Array
     next_right: jax.Array
     next_scales: jax.Array
+    next_columns: jax.Array
     rounding: jax.Array
 
 
@@ -124,7 +127,7 @@ def _in_noise(
 def _point(equations: _Equations, activation: str, coordinates: jax.Array, start: jax.Array, rounds: int) -> _Point:
     """The equations at some a, with the best g from a start of it by inverse iteration."""
     own = ACTIVATIONS[activation].apply
-    slope = jax.grad(lambda value: own(value))
+    slope = jax.grad(own)
     before = equations.directions @ coordinates
     slopes, bends = jax.vmap(slope)(before), jax.vmap(jax.grad(slope))(before)
     masked = slopes[:, None] * equations.weight
@@ -160,8 +163,8 @@ def _next_input(equations: _Equations, inputs: jax.Array, jacobian: jax.Array) -
     """Residual and Jacobian of the next layer's input outside the row space of its gradient."""
     right, scales = equations.next_right, equations.next_scales
     more = right.shape[0] - inputs.size
-    inputs = jnp.concatenate([inputs, jnp.ones((more,))])
-    jacobian = jnp.concatenate([jacobian, jnp.zeros((more, jacobian.shape[1]))])
+    inputs = jnp.concatenate([inputs, jnp.ones((more,))]) / equations.next_columns
+    jacobian = jnp.concatenate([jacobian, jnp.zeros((more, jacobian.shape[1]))]) / equations.next_columns[:, None]
     rounding = equations.rounding / np.sqrt(inputs.size)
     return _in_noise(
         inputs - right @ (right.T @ inputs),
@@ -172,7 +175,7 @@ def _next_input(equations: _Equations, inputs: jax.Array, jacobian: jax.Array) -
 
 @partial(jax.jit, static_argnames="activation")
 def _solve(equations: _Equations, activation: str, starts: jax.Array, steps: jax.Array) -> tuple[_Point, jax.Array]:
-    """From every start (N, B): where Levenberg-Marquardt ends, and the variance (N,) of a there."""
+    """From every start (N, B), at most so many steps (N,): where it ends, and the variance (N,) of a there."""
     size = starts.shape[1]
 
     def step(state: tuple) -> tuple:
@@ -186,17 +189,18 @@ def _solve(equations: _Equations, activation: str, starts: jax.Array, steps: jax
         done = (better & (new.loss > (1 - NO_GAIN) * current.loss)) | (damping > STUCK)
         return count + 1, done, jnp.maximum(damping * jnp.where(better, 0.2, 5.0), 1e-12), kept
 
-    def one(start: jax.Array) -> tuple[_Point, jax.Array]:
+    def one(each: tuple[jax.Array, jax.Array]) -> tuple[_Point, jax.Array]:
+        start, most = each
         first = _point(equations, activation, start, jnp.ones((equations.weight.shape[1],)), INVERSE_ITERATIONS)
         state = (jnp.int32(0), jnp.asarray(False), jnp.asarray(1e-2), first)
-        point = jax.lax.while_loop(lambda state: (state[0] < steps) & ~state[1], step, state)[3]
+        point = jax.lax.while_loop(lambda state: (state[0] < most) & ~state[1], step, state)[3]
         # Nothing fixes the length of g: it is held.
         held = jnp.concatenate([jnp.zeros((size,)), point.combination])
         held = held * jnp.sqrt(jnp.trace(point.normal)) / jnp.maximum(jnp.linalg.norm(held), 1e-300)
         inverse = _inverse(point.normal + held[:, None] * held[None, :])
         return point, jnp.trace(inverse[:size, :size])
 
-    return over_lanes(one, starts)
+    return over_lanes(one, (starts, steps))
 
 
 class _Layer(NamedTuple):
@@ -229,7 +233,7 @@ def _layer(layers: DenseLayers, index: int, space: LayerSpace) -> _Layer:
         if index + 2 == len(layers.kernels):
             basis = np.linalg.qr(basis - 1 / len(basis))[0][:, :-1]
     weight = kernel @ basis / space.noise[:, None]
-    roundoff = ROUNDED_OPERATIONS * unit_roundoff(layers.dtype) / np.sqrt(3)
+    roundoff = ROUNDED_OPERATIONS * space.roundoff / np.sqrt(3)
     return _Layer(space, following, weight, basis, layers.activations[index], roundoff)
 
 
@@ -262,7 +266,8 @@ def _found(layer: _Layer, solutions: Sequence[SmoothSolution]) -> _Found:
             inputs = np.concatenate([after, np.ones(len(following.right) - len(after))])
             combination = following.left.T @ (one.logit_gradient / following.noise)
             next_duals.append(combination / following.singular_values)
-            next_coordinates.append(following.right.T @ inputs / following.singular_values)
+            right = following.right / following.columns[:, None]
+            next_coordinates.append(right.T @ (inputs / following.columns) / following.singular_values)
     shape = len(solutions), space.rank
     empty = np.zeros((0, space.rank))
     return _Found(
@@ -289,10 +294,13 @@ def _equations(layer: _Layer, found: _Found) -> _Equations:
     fixed = np.concatenate([found.duals, space.constant[None, :]]) if space.has_bias else found.duals
     weight = layer.weight
     next_right = next_scales = np.zeros((len(weight), 0))
+    next_columns = np.ones(len(weight))
     if following is not None:
         weight = weight @ _complement(found.next_coordinates)
-        next_right = following.right @ _complement(found.next_duals)
-        next_scales = following.right / following.singular_values
+        right = following.right / following.columns[:, None]
+        next_right = right @ _complement(found.next_duals)
+        next_scales = right / following.singular_values
+        next_columns = following.columns
     return _Equations(
         space.left @ _complement(found.coordinates / space.singular_values),
         space.directions,
@@ -301,6 +309,7 @@ def _equations(layer: _Layer, found: _Found) -> _Equations:
         space.left / space.singular_values,
         next_right,
         next_scales,
+        next_columns,
         np.float64(layer.roundoff),
     )
 
@@ -392,12 +401,13 @@ def search_smooth(
         while len(solutions) < min(count, space.rank) and fruitless < FRUITLESS:
             found = _found(layer, solutions)
             starts = _starts(layer, found, generator)
-            points, _ = jax.device_get(_solve(_equations(layer, found), layer.activation, starts, jnp.int32(STEPS)))
-            order = np.argsort(np.where(np.isfinite(points.loss), points.loss, np.inf))
+            most = np.full(len(starts), STEPS, np.int32)
+            points, _ = jax.device_get(_solve(_equations(layer, found), layer.activation, starts, most))
+            loss = np.where(np.isfinite(points.loss), points.loss, np.inf)
+            order = np.argsort(loss)
             # Without what confines them, whose own errors they would bear.
-            points, variances = jax.device_get(
-                _solve(whole, layer.activation, points.coordinates[order], jnp.int32(POLISH))
-            )
+            most = np.where(loss[order] < PROMISING**2 * len(layer.weight), POLISH, 0).astype(np.int32)
+            points, variances = jax.device_get(_solve(whole, layer.activation, points.coordinates[order], most))
             before = len(solutions)
             for one in _describe(layer, whole, points, variances):
                 if len(solutions) < count and is_credible_smooth(one) and not _is_among(one, solutions):
@@ -409,6 +419,8 @@ def search_smooth(
 
 
 def _is_among(one: SmoothSolution, others: Sequence[SmoothSolution]) -> bool:
-    """Whether one of the others is the same example."""
+    """Whether one of the others is the same example, or what an even derivative takes for it without a bias."""
     size = np.linalg.norm(one.coordinates)
-    return any(np.linalg.norm(one.coordinates - other.coordinates) < SAME * size for other in others)
+    return any(
+        np.linalg.norm(one.coordinates - sign * other.coordinates) < SAME * size for other in others for sign in (1, -1)
+    )
