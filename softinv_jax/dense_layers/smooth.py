@@ -15,6 +15,7 @@ What is found confines the rest by duality: beta_c^T S^-1 a = 0 = beta^T S^-1 a_
 one, in unknowns and equations, and no start can lead to the same example again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -40,14 +41,15 @@ NO_GAIN = 1e-4
 STUCK = 1e8
 INVERSE_ITERATIONS = 8
 ROUNDED_OPERATIONS = 3
-CREDIBLE_MISFIT = 10.0
+CREDIBLE_MISFIT = 30.0
 # Nats by which an accident must fall short; and the largest error of a, of its length, that noise may leave.
 CREDIBLE_SURPRISE = 40.0
 CREDIBLE_DEVIATION = 0.1
 # Relative to their lengths, how near two coordinates are that are one example.
 SAME = 1e-3
 LEAST_SHARE = 0.05
-SPREAD_OF_OUTPUTS = (0.2, 3.0)
+# Root mean square of the layer's outputs at the starts, where no bias tells the scale.
+LEAST_SPREAD, LARGEST_SPREAD = 0.2, 3.0
 
 
 class SmoothSolution(NamedTuple):
@@ -301,7 +303,7 @@ def _equations(layer: _Layer, found: _Found) -> _Equations:
         next_right = right @ _complement(found.next_duals)
         next_scales = right / following.singular_values
         next_columns = following.columns
-    return _Equations(
+    arrays = (
         space.left @ _complement(found.coordinates / space.singular_values),
         space.directions,
         _complement(fixed),
@@ -312,6 +314,7 @@ def _equations(layer: _Layer, found: _Found) -> _Equations:
         next_columns,
         np.float64(layer.roundoff),
     )
+    return _Equations(*map(jnp.asarray, arrays))
 
 
 def _starts(layer: _Layer, found: _Found, generator: np.random.Generator) -> np.ndarray:
@@ -326,14 +329,16 @@ def _starts(layer: _Layer, found: _Found, generator: np.random.Generator) -> np.
     starts = np.concatenate([rows[units], weights.T @ rows])
     starts = starts / np.linalg.norm(starts, axis=1, keepdims=True)
     if len(found.duals):
-        starts = starts - (starts @ found.duals.T) @ np.linalg.solve(found.coordinates @ found.duals.T, found.coordinates)
+        starts = starts - (starts @ found.duals.T) @ np.linalg.solve(
+            found.coordinates @ found.duals.T, found.coordinates
+        )
     if space.has_bias:
         share = starts @ space.constant
         chosen = np.abs(share) > LEAST_SHARE * np.median(np.abs(share))
         starts = starts[chosen] / share[chosen, None]
     else:
         spread = np.sqrt(np.mean((starts @ space.directions.T) ** 2, axis=1))
-        wanted = np.exp(generator.uniform(*np.log(SPREAD_OF_OUTPUTS), len(starts)))
+        wanted = np.exp(generator.uniform(math.log(LEAST_SPREAD), math.log(LARGEST_SPREAD), len(starts)))
         starts = starts * (wanted * generator.choice([-1, 1], len(starts)) / np.maximum(spread, 1e-300))[:, None]
     return starts[generator.choice(len(starts), STARTS, replace=len(starts) < STARTS)]
 
@@ -353,7 +358,7 @@ def _describe(layer: _Layer, equations: _Equations, points: _Point, variances: n
         dual = space.left.T @ delta / space.singular_values
         noise = np.hypot(np.linalg.norm(dual), layer.roundoff * np.sqrt(np.mean(delta**2)))
         divisor = float(dual @ coordinates)
-        size = np.linalg.norm(one.logit_gradient) * (1 if divisor > 0 else -1)
+        size = math.copysign(float(np.linalg.norm(one.logit_gradient)), divisor)
         misfit = float(np.sqrt(loss / freedom))
         solutions.append(
             one._replace(
@@ -395,9 +400,9 @@ def search_smooth(
     layer = _layer(layers, index, space)
     generator = np.random.default_rng(seed)
     solutions: list[SmoothSolution] = []
-    whole = _equations(layer, _found(layer, []))
     fruitless = 0
     with jax.enable_x64(True):
+        whole = _equations(layer, _found(layer, []))
         while len(solutions) < min(count, space.rank) and fruitless < FRUITLESS:
             found = _found(layer, solutions)
             starts = _starts(layer, found, generator)

@@ -118,7 +118,9 @@ def test_nothing_in_a_gradient_that_is_noise() -> None:
     case = _case("sigmoid")
     generator = np.random.default_rng(5)
     noise = [generator.standard_normal(gradient.shape) for gradient in case.layers.kernel_gradients]
-    offsets = [generator.standard_normal(len(gradient)) for gradient in case.layers.bias_gradients if gradient is not None]
+    offsets = [
+        generator.standard_normal(len(gradient)) for gradient in case.layers.bias_gradients if gradient is not None
+    ]
     layers = DenseLayers(
         case.layers.kernels, case.layers.biases, tuple(noise), tuple(offsets), ("sigmoid",), np.dtype("float32")
     )
