@@ -37,7 +37,7 @@ STEPS = 60
 POLISH = 15
 PROMISING = 1e3  # Deviations, of what is polished.
 FRUITLESS = 16  # Rounds in a row, before it gives up.
-NO_GAIN = 1e-4
+NO_GAIN = 1e-2
 STUCK = 1e8
 INVERSE_ITERATIONS = 8
 ROUNDED_OPERATIONS = 3
@@ -79,18 +79,21 @@ class _Equations(NamedTuple):
     """float64. Spaces confined to what is left have columns of zeros in the last places, so that shapes stay.
 
     Attributes:
-      left: (m, B) U, confined. directions: (m, B) of a. moves: (B, B) orthonormal columns, what a may change by.
-      weight: (m, n) R^-1 W' Q, what g's coordinates are multiplied by. scales: (m, B) U S^-1, not confined.
+      left: (m, B) U. kept: (B, B) projector on what beta may be. inverse_values: (B,) of S.
+      directions: (m, B) of a. moves: (B, B) orthonormal columns, what a may change by. steps: (m, B) directions @ moves.
+      weight: (m, n) R^-1 W' Q, what g's coordinates are multiplied by.
       next_right: (m or m + 1, k) V of the next layer's gradient, confined; its last row is that of the constant 1.
       next_scales: likewise with S^-1, not confined; k is 0 where the row space says nothing. next_columns: its K.
       rounding: () relative, of every entry.
     """
 
     left: jax.Array
+    kept: jax.Array
+    inverse_values: jax.Array
     directions: jax.Array
     moves: jax.Array
+    steps: jax.Array
     weight: jax.Array
-    scales: jax.Array
     next_right: jax.Array
     next_scales: jax.Array
     next_columns: jax.Array
@@ -133,8 +136,9 @@ def _point(equations: _Equations, activation: str, coordinates: jax.Array, start
     before = equations.directions @ coordinates
     slopes, bends = jax.vmap(slope)(before), jax.vmap(jax.grad(slope))(before)
     masked = slopes[:, None] * equations.weight
-    outside = masked - equations.left @ (equations.left.T @ masked)
-    held = equations.scales.T @ masked
+    inside = equations.left.T @ masked
+    outside = masked - equations.left @ (equations.kept @ inside)
+    held = equations.inverse_values[:, None] * inside
     rounding = equations.rounding / np.sqrt(before.size)
     gram = held.T @ held + rounding**2 * (masked.T @ masked)
     inverse = _inverse(outside.T @ outside)
@@ -143,18 +147,21 @@ def _point(equations: _Equations, activation: str, coordinates: jax.Array, start
         combination = inverse @ (gram @ combination)
         combination = combination * jax.lax.rsqrt(jnp.maximum(combination @ gram @ combination, 1e-300))
 
-    steps = equations.directions @ equations.moves
     delta = masked @ combination
-    whole = jnp.concatenate([(bends * (equations.weight @ combination))[:, None] * steps, masked], axis=1)
+    bent = (bends * (equations.weight @ combination))[:, None] * equations.steps
+    bent_inside = equations.left.T @ bent
+    bent_outside = bent - equations.left @ (equations.kept @ bent_inside)
+    whole = jnp.concatenate([bent, masked], axis=1)
+    whole_held = jnp.concatenate([equations.inverse_values[:, None] * bent_inside, held], axis=1)
     residual, jacobian = _in_noise(
         outside @ combination,
-        whole - equations.left @ (equations.left.T @ whole),
-        [(held @ combination, equations.scales.T @ whole), (rounding * delta, rounding * whole)],
+        jnp.concatenate([bent_outside, outside], axis=1),
+        [(held @ combination, whole_held), (rounding * delta, rounding * whole)],
     )
     normal, toward, loss = jacobian.T @ jacobian, jacobian.T @ residual, residual @ residual
     if equations.next_right.shape[1]:
-        row_residual, row_jacobian = _next_input(equations, own(before), slopes[:, None] * steps)
-        size = steps.shape[1]
+        row_residual, row_jacobian = _next_input(equations, own(before), slopes[:, None] * equations.steps)
+        size = coordinates.size
         normal = normal.at[:size, :size].add(row_jacobian.T @ row_jacobian)
         toward = toward.at[:size].add(row_jacobian.T @ row_residual)
         loss = loss + row_residual @ row_residual
@@ -303,12 +310,16 @@ def _equations(layer: _Layer, found: _Found) -> _Equations:
         next_right = right @ _complement(found.next_duals)
         next_scales = right / following.singular_values
         next_columns = following.columns
+    kept = _complement(found.coordinates / space.singular_values)
+    moves = _complement(fixed)
     arrays = (
-        space.left @ _complement(found.coordinates / space.singular_values),
+        space.left,
+        kept @ kept.T,
+        1 / space.singular_values,
         space.directions,
-        _complement(fixed),
+        moves,
+        space.directions @ moves,
         weight,
-        space.left / space.singular_values,
         next_right,
         next_scales,
         next_columns,
