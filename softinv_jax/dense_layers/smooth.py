@@ -80,7 +80,7 @@ class _Equations(NamedTuple):
 
     Attributes:
       left: (m, B) U. kept: (B, B) projector on what beta may be. inverse_values: (B,) of S.
-      directions: (m, B) of a. moves: (B, B) orthonormal columns, what a may change by. steps: (m, B) directions @ moves.
+      directions: (m, B) of a. moves: (B, B) orthonormal columns, what a may change by. steps: (m, B) of these moves.
       weight: (m, n) R^-1 W' Q, what g's coordinates are multiplied by.
       next_right: (m or m + 1, k) V of the next layer's gradient, confined; its last row is that of the constant 1.
       next_scales: likewise with S^-1, not confined; k is 0 where the row space says nothing. next_columns: its K.
