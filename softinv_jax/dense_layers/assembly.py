@@ -13,10 +13,14 @@ import numpy as np
 from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, surprise
 from softinv_jax.dense_layers.gate_rounds import SingleRow
 from softinv_jax.dense_layers.layers import DenseLayers
+from softinv_jax.dense_layers.smooth import SmoothSolution
 from softinv_jax.dense_layers.space import LayerSpace
 from softinv_jax.labels.scalar_equation import TOLERANCE
 
-__all__ = ["Assembled", "assemble"]
+__all__ = ["Assembled", "assemble", "assemble_smooth"]
+
+# Of a smooth solution's own deviation.
+OUTPUT_NOISE = 3.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,53 @@ def assemble(
         scaled=space.has_bias,
         complete=complete,
     )
+
+
+def assemble_smooth(
+    layers: DenseLayers, index: int, space: LayerSpace, solutions: Sequence[SmoothSolution], divisor: float
+) -> Assembled:
+    """Put together what the equation of a smooth activation gave: each example's input and next delta by itself."""
+    count, features = len(solutions), layers.kernels[index].shape[0]
+    coordinates = np.array([one.coordinates for one in solutions]).reshape(count, space.rank)
+    next_delta = np.array([one.logit_gradient * divisor / one.divisor for one in solutions])
+    next_delta = next_delta.reshape(count, layers.kernels[index + 1].shape[1])
+    inputs = (coordinates @ space.right.T)[:, :features]
+    if not space.has_bias:
+        sign = _sign(layers, index, inputs, next_delta)
+        inputs, next_delta = sign * inputs, sign * next_delta
+    # The noise on V moves the outputs as well, which the solver's own deviation does not hold.
+    relative = OUTPUT_NOISE * space.common * np.array([one.deviation for one in solutions])
+    own = relative * np.linalg.norm(coordinates, axis=1) / np.sqrt(len(space.right))
+    before = layers.output(index, inputs)
+    freedom = np.array([one.freedom for one in solutions])
+    spread = np.array([max(one.spread, 1.0) / max(one.misfit, 1.0) for one in solutions])
+    return Assembled(
+        inputs=inputs,
+        independent=own[:, None] * space.columns[None, :features],
+        carried=np.zeros((count, count)),
+        delta=layers.slope(index, before) * (next_delta @ layers.kernels[index + 1].T),
+        next_delta=next_delta,
+        next_deviation=np.broadcast_to(relative[:, None], next_delta.shape)
+        * np.linalg.norm(next_delta, axis=1, keepdims=True),
+        misfit=np.array([one.misfit for one in solutions]),
+        surprise=freedom * np.log(spread),
+        opened=np.zeros(count, int),
+        closed=np.zeros(count, int),
+        scaled=True,
+        complete=count == space.rank,
+    )
+
+
+def _sign(layers: DenseLayers, index: int, inputs: np.ndarray, next_delta: np.ndarray) -> np.ndarray:
+    """(k, 1) 1 or -1: without a bias an even derivative leaves the sign open, and p - g is a label with one of them."""
+    if index < len(layers.kernels) - 2:
+        # The next layer's own bias gradient, or nothing, would tell; as it was found.
+        return np.ones((len(inputs), 1))
+    outside = []
+    for sign in (1.0, -1.0):
+        label = layers.predictions(index, sign * inputs) - sign * next_delta
+        outside.append(np.max(np.maximum(-label, label - 1), axis=1))
+    return np.where(outside[0] <= outside[1], 1.0, -1.0)[:, None]
 
 
 def _scale(

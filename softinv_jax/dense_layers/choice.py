@@ -14,6 +14,8 @@ __all__ = ["ChosenLayer", "choose_layers"]
 
 # Of the head's gradient: what rounding leaves of a sum over classes that is zero.
 ZERO_SUM = 1e-5
+# In place of two slopes, which nobody asks for.
+SMOOTH = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ def choose_layers(layers: DenseLayers, largest: int | None) -> Iterator[ChosenLa
     """
     for index in range(len(layers.activations) - 1, -1, -1):
         kernel, gradient = layers.kernels[index], layers.kernel_gradients[index]
-        slopes = ACTIVATIONS[layers.activations[index]].slopes
-        if slopes is None:
-            continue
+        if layers.activations[index] == "identity":
+            continue  # Nothing tells examples apart whose derivative is everywhere the same.
+        slopes = ACTIVATIONS[layers.activations[index]].slopes or SMOOTH
         last = index == len(layers.activations) - 1
         following = next_layer(layers.kernels[index + 1], last and _sums_to_zero(layers), slopes)
         unknowns = following.weight.shape[1]

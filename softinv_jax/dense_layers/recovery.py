@@ -15,13 +15,14 @@ from typing import Literal
 import numpy as np
 
 from softinv_jax.activations import ACTIVATIONS
-from softinv_jax.dense_layers.assembly import Assembled, assemble
+from softinv_jax.dense_layers.assembly import Assembled, assemble, assemble_smooth
 from softinv_jax.dense_layers.choice import ChosenLayer, choose_layers
 from softinv_jax.dense_layers.gate_rounds import search_all_gates
 from softinv_jax.dense_layers.labels import LabelsFound, find_labels
 from softinv_jax.dense_layers.last_inputs import find_last
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.single_rows import peel
+from softinv_jax.dense_layers.smooth import search_smooth
 from softinv_jax.labels.assumptions import Assumption
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
@@ -132,6 +133,9 @@ def _search(
     layers: DenseLayers, chosen: ChosenLayer, divisor: float, seed: int, progress: Callable[[int], None]
 ) -> Assembled:
     index, space, following = chosen.index, chosen.space, chosen.following
+    if ACTIVATIONS[layers.activations[index]].slopes is None:
+        solutions = search_smooth(layers, index, space, space.rank, seed, progress)
+        return assemble_smooth(layers, index, space, solutions, divisor)
     known = peel(layers, index, space, following)
     progress(len(known))
     found = [row.solution for row in known]
