@@ -18,10 +18,11 @@ ROUNDS = 12
 # Root mean square of many residuals that are noise; and where rounding, whose size is known but roughly, is far below
 # anything that an accident leaves.
 CREDIBLE_MISFIT = 1.5
-CREDIBLE_ROUNDING = 6.0
+CREDIBLE_ROUNDING = 3.0
 FAR_ABOVE_NOISE = 1e4
-# The next best must be so much worse than noise: then g is known to a fraction of itself.
+# The next best must be so much worse than noise, and than the precision: then g is known to a fraction of itself.
 SEPARATION = 50.0
+LEAST_SEPARATION = 1e-4
 TOLD = 6.0
 # Nats; and how nearly parallel two solutions' deltas are that are one.
 CREDIBLE_SURPRISE = 40.0
@@ -143,7 +144,8 @@ def surprise(solution: GateSolution) -> float:
 
 def is_credible(solution: GateSolution) -> bool:
     """Whether it explains its equations to noise, no accident would, and nothing near it does."""
-    alone = solution.next_misfit > SEPARATION or len(solution.combination) == 1
+    separation = max(SEPARATION, LEAST_SEPARATION * solution.spread)
+    alone = solution.next_misfit > separation or len(solution.combination) == 1
     limit = CREDIBLE_ROUNDING if solution.spread > FAR_ABOVE_NOISE else CREDIBLE_MISFIT
     return alone and solution.misfit < limit and surprise(solution) > CREDIBLE_SURPRISE
 

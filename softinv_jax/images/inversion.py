@@ -70,10 +70,10 @@ def invert(
     report = progress or (lambda done, total: None)
     if end is not None and batch_size != 1:
         found = _invert_batches(told, batch_size, total, report)
-        if batch_size == "auto" or np.all(found.verdict != ImageVerdict.NOT_FOUND) or not _head_can(told, batch_size):
+        if batch_size == "auto" or np.all(found.verdict == ImageVerdict.EXACT) or not _head_can(told, batch_size):
             return found
         other = _invert_by_heads(told, int(batch_size), None, total, report)
-        return other if np.sum(other.label_verdict > 0) > np.sum(found.label_verdict > 0) else found
+        return _better(found, other, int(batch_size))
     single = _invert_by_heads(told, int(batch_size), heads, total, report)
     left = np.flatnonzero(np.any(single.label_verdict < Verdict.AMBIGUOUS, axis=1))
     return single if end is None or batch_size != 1 or not left.size else _with_dense(told, single, left)
@@ -88,6 +88,18 @@ def _with_dense(told: "_Told", single: ImageRecovery, rows: np.ndarray) -> Image
     for name, array in arrays.items():
         array[rows[better]] = getattr(other, name)[better]
     return ImageRecovery(**arrays, layers=single.layers)
+
+
+def _better(first: ImageRecovery, second: ImageRecovery, examples: int) -> ImageRecovery:
+    """Of each gradient the recovery that claims more; the first where they claim as much."""
+    arrays = {name: np.array(value) for name, value in vars(first).items() if name != "layers"}
+    if first.verdict.shape[1] != examples:
+        return first  # Other examples than were told.
+    for index in range(len(first.verdict)):
+        if np.sum(second.verdict[index]) > np.sum(first.verdict[index]):
+            for name, array in arrays.items():
+                array[index] = getattr(second, name)[index]
+    return ImageRecovery(**arrays, layers=first.layers)
 
 
 class _Told(NamedTuple):
