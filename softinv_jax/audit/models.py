@@ -16,7 +16,8 @@ MLP = "mlp"
 
 @dataclass(frozen=True)
 class Model:
-    """How to make the network for C classes, or None for a chain alone; its chain, or None; the usual side of images."""
+    """How to make the network for C classes, or None for a chain alone; its chain, or None; the usual side of
+    images."""
 
     network: Callable[..., HeadedNetwork] | None
     chain: Chain | None

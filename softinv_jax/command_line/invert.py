@@ -40,11 +40,11 @@ leading axis N for several. Running statistics of batch normalisation are parame
 mlp is dense layers dense1, dense2, ... and head, as many as the files have, with --activation between. Its layers, and
 fcn4's, tell the examples of a batch apart whatever the number of classes: --batch-size B, or auto.
 
-In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each client.
-Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
+In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each
+client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
-exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over images,
-          usually exact to well below a gray level; says so where it is not
+exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
+          images, usually exact to well below a gray level; says so where it is not
 matching  makes the gradient of a dummy image resemble the one observed: any network, slow, approximate
 auto      exact where the network is a chain and its layers are determined, else matching
 

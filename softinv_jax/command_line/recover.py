@@ -340,9 +340,7 @@ def _show(
     console.print(f"Everything is in {arguments.out}.", markup=False, soft_wrap=True)
 
 
-def _check_method(arguments: argparse.Namespace) -> None:
-    """Before jax is loaded: what needs no look at the files."""
-    check_update_options(arguments)
+def _check_update(arguments: argparse.Namespace) -> None:
     if arguments.updated is None and (arguments.parameters is not None or arguments.head is not None):
         raise InputError("--parameters and --head go with --updated; give what the clients sent back")
     if arguments.activation is not None and (arguments.updated is None or arguments.batch_size == 1):
@@ -353,6 +351,12 @@ def _check_method(arguments: argparse.Namespace) -> None:
         raise InputError("--chunk is for OBSERVATION.npz; leave it out with --updated")
     if arguments.updated is not None and arguments.parameters is None:
         raise InputError("--updated needs --parameters, the model the clients were sent")
+
+
+def _check_method(arguments: argparse.Namespace) -> None:
+    """Before jax is loaded: what needs no look at the files."""
+    check_update_options(arguments)
+    _check_update(arguments)
     if arguments.method == "variance" and arguments.label_format is None:
         raise InputError("--method variance must be told --label-format smoothing or mixup; or use --method exact")
     if arguments.method == "variance" and arguments.unknown_scale:

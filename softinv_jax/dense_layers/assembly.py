@@ -1,8 +1,8 @@
 """From the deltas of a layer to its inputs, each example at its own scale.
 
-With X the matrix of all beta, the gradient is R U X diag(s) A V^T / D: once all are found, A = D diag(1/s) X^-1 S, and the
-constant 1 of a bias fixes every s, its sign too. An example with a row of its own has its input without the others, and
-s = D / (beta^T S^-1 a).
+With X the matrix of all beta, the gradient is R U X diag(s) A V^T / D: once all are found, A = D diag(1/s) X^-1 S,
+and the constant 1 of a bias fixes every s, its sign too. An example with a row of its own has its input without the
+others, and s = D / (beta^T S^-1 a).
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,10 @@ class Assembled:
       delta: (k, m) the loss's derivative by the layer's output, with the gates that were found.
       next_delta: (k, outputs) the loss's derivative by the next layer's output. next_deviation: likewise.
       misfit, surprise: (k,) see `gate_fit`.
-      opened, closed: (k,) how many units the input, run forward, surely opens that its delta says are closed, and the other
-        way round: 0 for what is really there. Where a client drops units, many of the first kind and none of the second.
+      opened, closed: (k,) how many units the input, run forward, surely opens that its delta says are closed, and the
+        other
+        way round: 0 for what is really there. Where a client drops units, many of the first kind and none of the
+          second.
       scaled: whether each input's length is known; if not, `inputs` and `next_delta` are a factor and its inverse off.
       complete: whether these are all the examples that the rank shows.
     """

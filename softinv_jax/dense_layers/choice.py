@@ -36,9 +36,9 @@ class ChosenLayer:
 def choose_layers(layers: DenseLayers, largest: int | None) -> Iterator[ChosenLayer]:
     """The layers that can tell the examples apart, from the last before the head on.
 
-    Of m units each gives one equation; unknown are the B coordinates of an example's delta and the n of the next layer's,
-    of which one is its scale. Before the head n is the number of classes; farther from it, it is a layer's width, and
-    less is known of where to start. largest: B, where it is told.
+    Of m units each gives one equation; unknown are the B coordinates of an example's delta and the n of the next
+    layer's, of which one is its scale. Before the head n is the number of classes; farther from it, it is a layer's
+    width, and less is known of where to start. largest: B, where it is told.
     """
     for index in range(len(layers.activations) - 1, -1, -1):
         kernel, gradient = layers.kernels[index], layers.kernel_gradients[index]

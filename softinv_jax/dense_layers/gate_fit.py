@@ -18,7 +18,7 @@ ROUNDS = 12
 # Root mean square of many residuals that are noise; and where rounding, whose size is known but roughly, is far below
 # anything that an accident leaves.
 CREDIBLE_MISFIT = 1.5
-CREDIBLE_ROUNDING = 3.0
+CREDIBLE_ROUNDING = 6.0
 FAR_ABOVE_NOISE = 1e4
 # The next best must be so much worse than noise, and than the precision: then g is known to a fraction of itself.
 SEPARATION = 50.0
@@ -48,10 +48,11 @@ class GateSolution:
     """One example, of unknown scale and sign.
 
     Attributes:
-      gates: (m,) bool, the open units. told: (m,) bool, where what arrives at the unit stands out of noise. combination: (n,) g on the basis of `NextLayer`, of length one.
+      gates: (m,) bool, the open units. told: (m,) bool, where what arrives at the unit stands out of noise.
+        combination: (n,) g on the basis of `NextLayer`, of length one.
       coordinates: (B,) beta = U^T R^-1 delta. misfit: of P delta, in deviations. freedom: equations less unknowns.
-      spread: root mean square of delta over the deviation. delta_deviation: of an entry of delta, in units of R: from the
-        client's own rounding of W g, and from the error of g.
+      spread: root mean square of delta over the deviation. delta_deviation: of an entry of delta, in units of R: from
+        the client's own rounding of W g, and from the error of g.
       combination_deviation: (n,) standard deviation of the combination.
       next_misfit: that of the next best g. Where it is small too, examples open the same units, and any mixture of them
         explains the equations as well.

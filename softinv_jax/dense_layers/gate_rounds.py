@@ -1,8 +1,9 @@
 """Every example of a layer with two slopes: rounds of starts, kept away from what is found, until all are found.
 
 What rounds are made of: where t begins (as a label's error would look, as one already found, or anything), how rigid it
-is, whether all units are closed at first or those that a typical input closes, and the corner that a start is drawn to. The first three are drawn as they succeeded before; the corner is orthogonal to
-the deltas already found, so that these gain nothing by it.
+is, whether all units are closed at first or those that a typical input closes, and the corner that a start is drawn
+to. The first three are drawn as they succeeded before; the corner is orthogonal to the deltas already found, so that
+these gain nothing by it.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,12 @@
 """Examples behind a layer whose activation has two slopes, as ReLU: from many starts, all of them at once.
 
-Each unit passes the loss's derivative on, or does not: delta_j is t_j times one of two known slopes, with t = W g, where W
-is the next layer's kernel and g its own derivative. So a pair (delta, t) lies in two sets: delta in the column space of
-the layer's gradient and t in that of W, which are linear; and, unit by unit, in the wedge between the two slopes, of which
-only the two edges count. The alternating direction method of multipliers (Boyd et al. 2011) goes between them, with
-over-relaxation. At first anything in the wedge will do, which is convex up to signs, and an objective draws each start to
-another corner; then what is between the edges is pushed apart. No label format is assumed, and none is needed.
+Each unit passes the loss's derivative on, or does not: delta_j is t_j times one of two known slopes, with t = W g,
+where W is the next layer's kernel and g its own derivative. So a pair (delta, t) lies in two sets: delta in the
+column space of the layer's gradient and t in that of W, which are linear; and, unit by unit, in the wedge between the
+two slopes, of which only the two edges count. The alternating direction method of multipliers (Boyd et al. 2011) goes
+between them, with over-relaxation. At first anything in the wedge will do, which is convex up to signs, and an
+objective draws each start to another corner; then what is between the edges is pushed apart. No label format is
+assumed, and none is needed.
 """
 
 from functools import partial

@@ -1,7 +1,8 @@
 """Labels of examples whose features and derivatives are known: y = p - g, of any format.
 
-Where a bias fixed the scale of the inputs, p is known, and so is a dense label. Where nothing did, or the gradient has a
-factor, or p - g is no label, each example's share of the head's gradient, g h^T, is searched as that of a single example.
+Where a bias fixed the scale of the inputs, p is known, and so is a dense label. Where nothing did, or the gradient
+has a factor, or p - g is no label, each example's share of the head's gradient, g h^T, is searched as that of a
+single example.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """The last few examples of a layer with two slopes: their inputs lie in a space of few dimensions, by duality.
 
-What is found tells the others' inputs apart from its own: beta_c^T S^-1 a_b = 0 for every delta beta_c that is found. With
-one example missing, a_b is known; with a few, points of that small space are run forward, and some open nearly the units
-that an example opens.
+What is found tells the others' inputs apart from its own: beta_c^T S^-1 a_b = 0 for every delta beta_c that is found.
+With one example missing, a_b is known; with a few, points of that small space are run forward, and some open nearly
+the units that an example opens.
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 
 A dense layer of m units tells B < m examples apart, whatever the number of classes. For the layer that is chosen the
 examples' deltas are found, by their open gates or by the equation of a smooth activation; the inputs follow by duality;
-run forward they give the head's features, and what the deltas say of g = p - y the labels. Run backward, everything found
-must give the gradient of every dense layer.
+run forward they give the head's features, and what the deltas say of g = p - y the labels. Run backward, everything
+found must give the gradient of every dense layer.
 """
 
 import math
@@ -43,8 +43,8 @@ class DenseRecovery:
       label: (B, C) soft labels. label_deviation: (B, C). verdict: (B,) int32, a `Verdict`.
       feature: (B, d') the head's inputs. logit_gradient: (B, C) g = p - y, as the client computed it.
       delta: (B, m) the loss's derivative by the output of `layer`.
-      misfit: (B,) root mean square residual of the example's own equations, in deviations. surprise: (B,) nats, minus the
-        logarithm of how many such examples an accident would be expected to show.
+      misfit: (B,) root mean square residual of the example's own equations, in deviations. surprise: (B,) nats, minus
+        the logarithm of how many such examples an accident would be expected to show.
       noise: standard deviation of an entry of that layer's gradient, as root mean square.
       layer: index of the layer that told them apart, -1 for none. rank: of its gradient, the number of examples that it
         shows. excess: equations that an example had there beyond its unknowns.

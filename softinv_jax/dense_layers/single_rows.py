@@ -1,9 +1,10 @@
-"""Rows of the gradient in which one example alone is active: its input, divided by the bias gradient, and its certificate.
+"""Rows of the gradient in which one example alone is active: its input, divided by the bias gradient, and its
+certificate.
 
 Row j of the gradient is sum_b delta_bj h_b. Where one example alone has the unit open, it is a multiple of its input,
 and the bias gradient that multiple. Run forward, the input says which units are open, and `gate_fit` whether any g
-explains them: one row is enough, and no label format is assumed. What is found is taken out by duality, S - beta a^T / D
-with D = beta^T S^-1 a (Wedderburn 1934), which lowers the rank exactly; then other rows have a single example left.
+explains them: one row is enough, and no label format is assumed. What is found is taken out by duality, S - beta a^T
+/ D with D = beta^T S^-1 a (Wedderburn 1934), which lowers the rank exactly; then other rows have a single example left.
 (Shariati and Meybodi 2026 peel by subtraction, with hard labels.)
 """
 
@@ -64,7 +65,8 @@ def peel(layers: DenseLayers, index: int, space: LayerSpace, following: NextLaye
 def _row_inputs(space: LayerSpace, core: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Units, and what their rows would be if each were one example's: its input's coordinates (B,).
 
-    With a bias scaled by the constant 1; without, of the sign that opens the unit and of the row's own length. Rows with
+    With a bias scaled by the constant 1; without, of the sign that opens the unit and of the row's own length. Rows
+    with
     little in them come first: there few examples are. core: (B, B) S, or what is left of it.
     """
     rows = space.left @ core

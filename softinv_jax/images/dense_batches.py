@@ -24,7 +24,8 @@ class DenseImages(NamedTuple):
 
     recovery: labels and what else the dense layers give. images: (B, H, W, channels), NaN where not found. deviation:
     (B,) root mean square. residual: relative distance of the gradient from that of all images together, NaN unless all
-    were found; tolerated: what it may be. condition, misfit: by layer before the one that told the examples apart, see `exact.ChainInversion`.
+    were found; tolerated: what it may be. condition, misfit: by layer before the one that told the examples apart,
+    see `exact.ChainInversion`.
     """
 
     recovery: DenseRecovery

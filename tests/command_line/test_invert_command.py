@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -25,6 +26,7 @@ from softinv_jax.command_line import invert
 from softinv_jax.command_line.argument_types import ACTIVATION_NAMES
 from softinv_jax.command_line.main import main
 from softinv_jax.images import refinement
+from softinv_jax.images.layer_chain import apply_chain, fcn_chain
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio
 
 COUNT = 2
@@ -144,7 +146,8 @@ def test_bad_input(
     [
         (["--method", "exact", "--model", "resnet18"], "needs a chain"),
         (["--image-size", "40", "--method", "exact"], "head"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--batch-size", "auto"], "--batch-size auto is for fcn4 and mlp"),
+        (["--activation", "relu"], "--activation is for --model mlp"),
         (["--method", "matching", "--unknown-scale"], "--unknown-scale"),
         (["--refine", "0"], "--refine 0"),
         (["--refine", "2", "--unknown-scale"], "--refine"),
@@ -160,6 +163,48 @@ def test_bad_options(
     assert not out.exists()
 
 
+def test_bad_batch_size(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(command(files, tmp_path / "images.npz", "--batch-size", "0"))
+    assert "'0' is neither a positive integer nor auto" in capsys.readouterr().err
+
+
 def test_missing_file(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(files, tmp_path / "images.npz", gradients=str(tmp_path / "none.npz"))) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_multilayer_perceptron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More examples than classes, of formats not told; the activation is."""
+    rng = np.random.default_rng(0)
+    sizes = (4 * 4 * 3, 60, 3)
+    layers = {
+        name: {
+            "kernel": rng.uniform(-1, 1, sizes[index : index + 2]).astype(np.float32) / np.sqrt(sizes[index]),
+            "bias": rng.uniform(-0.1, 0.1, sizes[index + 1]).astype(np.float32),
+        }
+        for index, name in enumerate(("dense1", "head"))
+    }
+    images = rng.normal(size=(5, 4, 4, 3)).astype(np.float32)
+    labels = rng.dirichlet(np.ones(3), 5).astype(np.float32)
+    chain = fcn_chain(1, "leaky_relu")
+
+    def loss(parameters: dict) -> jax.Array:
+        return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(apply_chain(chain, parameters, images)), axis=1))
+
+    for name, tree in (("parameters", layers), ("gradients", jax.device_get(jax.grad(loss)(layers)))):
+        np.savez(
+            tmp_path / f"{name}.npz",
+            **{f"{layer}/{part}": a for layer, held in tree.items() for part, a in held.items()},
+        )
+    out = tmp_path / "images.npz"
+    files = [f"--{name}={tmp_path / name}.npz" for name in ("parameters", "gradients")]
+    described = ["--model=mlp", "--activation=leaky_relu", "--image-size=4", "--channels=3"]
+    assert main(["invert", *described, *files, "--batch-size", "auto", "--out", str(out)]) == 0
+    assert "5 exact" in capsys.readouterr().out
+    with np.load(out) as found:
+        distance = np.abs(found["images"][:, None] - images[None]).max(axis=(2, 3, 4))
+        order = distance.argmin(axis=1)
+        assert sorted(order.tolist()) == list(range(5))
+        assert distance.min(axis=1).max() < 1e-4
+        np.testing.assert_allclose(found["labels"], labels[order], atol=1e-4)
