@@ -16,7 +16,18 @@ from scipy.spatial.distance import cdist
 from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
 
-__all__ = ["DenseClient", "convolved", "draw", "draw_labels", "fit", "gradients", "judge", "with_noise"]
+__all__ = [
+    "DenseClient",
+    "best_deviations",
+    "convolved",
+    "draw",
+    "draw_labels",
+    "fit",
+    "gradients",
+    "judge",
+    "noise_deviation",
+    "with_noise",
+]
 
 DECIBELS, LABEL_ERROR, SPURIOUS_DECIBELS = 80.0, 1e-5, 40.0
 # Of g = p - y, largest entry: below it an example leaves nothing in the gradient.
@@ -142,8 +153,7 @@ def fit(client: DenseClient, inputs: np.ndarray, classes: np.ndarray, epochs: in
 def with_noise(layers: DenseLayers, relative: float, seed: int) -> DenseLayers:
     """The same with Gaussian noise on every entry, so much of the whole gradient's root mean square, float32."""
     generator = np.random.default_rng(seed)
-    held = [*layers.kernel_gradients, *(bias for bias in layers.bias_gradients if bias is not None)]
-    deviation = relative * np.sqrt(sum(np.sum(array**2) for array in held) / sum(array.size for array in held))
+    deviation = noise_deviation(layers, relative)
 
     def noisy(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else (array + deviation * generator.normal(size=array.shape)).astype(np.float32)
@@ -151,6 +161,45 @@ def with_noise(layers: DenseLayers, relative: float, seed: int) -> DenseLayers:
     kernel_gradients: list[Any] = [noisy(array) for array in layers.kernel_gradients]
     bias_gradients = [noisy(array) for array in layers.bias_gradients]
     return dense_layers(layers.kernels, layers.biases, kernel_gradients, bias_gradients, layers.activations)
+
+
+def noise_deviation(layers: DenseLayers, relative: float) -> float:
+    """So much of the whole gradient's root mean square."""
+    held = [*layers.kernel_gradients, *(bias for bias in layers.bias_gradients if bias is not None)]
+    return float(relative * np.sqrt(sum(np.sum(array**2) for array in held) / sum(array.size for array in held)))
+
+
+def best_deviations(client: DenseClient, inputs: np.ndarray, labels: np.ndarray, deviation: float) -> np.ndarray:
+    """(B,) of an unbiased estimate of each input, root mean square over its entries: the Cramer-Rao bound at the truth.
+
+    Of inputs and labels (entries that sum to 1, else free) together, with every gate as it is and noise of that
+    deviation on every entry of the gradient. Small cases only: the Jacobian is dense.
+    """
+    size, width = inputs.shape
+    classes = labels.shape[1]
+
+    def everything(unknowns: jax.Array) -> jax.Array:
+        images = unknowns[: size * width].reshape(size, width)
+        free = unknowns[size * width :].reshape(size, classes - 1)
+        targets = jnp.concatenate([free, 1 - free.sum(axis=1, keepdims=True)], axis=1)
+        parameters = [(jnp.asarray(kernel, images.dtype), bias) for kernel, bias in held]
+
+        def loss(parameters: Any) -> jax.Array:
+            return optax.softmax_cross_entropy(_logits(parameters, client.activation, images), targets).mean()
+
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(loss)(parameters))])
+
+    with jax.enable_x64(True):
+        held = [
+            (kernel.astype(np.float64), None if bias is None else jnp.asarray(bias, np.float64))
+            for kernel, bias in zip(client.kernels, client.biases, strict=True)
+        ]
+        truth = np.concatenate([inputs.ravel(), labels[:, :-1].ravel()]).astype(np.float64)
+        jacobian = np.asarray(jax.jacfwd(everything)(jnp.asarray(truth)))
+    factor = np.linalg.qr(jacobian, mode="r")
+    inverse = np.linalg.inv(factor)
+    variance = np.sum(inverse**2, axis=1)[: size * width].reshape(size, width)
+    return np.asarray(deviation * np.sqrt(variance.mean(axis=1)))
 
 
 def judge(

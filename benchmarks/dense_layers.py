@@ -10,23 +10,37 @@ activation is ReLU, else by jax. A run that was stopped goes on from the rows th
 Counted over all batches of a row, of the examples whose g = p - y is not zero: `images` above 80 dB, `labels` with no
 entry off by 1e-5 or more, `found` both. `spurious` is claimed and matches no example to 40 dB. Seconds are a batch's on
 average, compilation apart. `error / stated`: median over examples of the inputs' root mean square error over the
-deviation that `recover_dense` states for it. Rows named `tutorial` take the features after the convolutions for inputs,
-so that only their labels are the client's own. Where the search is at a deeper layer, `images` are that layer's inputs.
+deviation that `recover_dense` states for it; `error / bound`: over the Cramer-Rao bound, where that is computed. Rows
+named `tutorial` take the features after the convolutions for inputs: only their labels are the client's own. Where the
+search is at a deeper layer, `images` are that layer's inputs.
 
 Peers, each on the first `--peer-batches` batches of their rows: `peeling` (float32, and with float64 gradients) and
 `SPEAR`, which has as many seconds as `recover_dense` took for that batch or `--peer-seconds`, whichever is more, and
-whose `found` is of inputs alone: it gives no labels. The plot is the fraction found against B, with the counting bound
+whose `found` is of inputs alone: it gives no labels. Peeling needs units that one example alone opens: on normalised
+images of an untrained network of 1000 there are none, on [0, 1] there are some; rows are given for both. Unless a row
+says otherwise, images are normalised. The plot is the fraction found against B, with the counting bound
 B < m of each width. `--finished` writes table and plot of the rows that are there, and runs nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from clients import load_data
-from dense_clients import DenseClient, convolved, draw, draw_labels, fit, gradients, judge, with_noise
+from dense_clients import (
+    DenseClient,
+    best_deviations,
+    convolved,
+    draw,
+    draw_labels,
+    fit,
+    gradients,
+    judge,
+    noise_deviation,
+    with_noise,
+)
 from dense_peers import peeling, spear
 from finished_rows import FinishedRows
 from matplotlib.figure import Figure
@@ -36,6 +50,9 @@ from softinv_jax.client import load_photographs
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.recovery import recover_dense
 from softinv_jax.labels.verdicts import verdict_names
+
+# Of images, for which the Cramer-Rao bound is computed.
+SMALL_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -67,25 +84,28 @@ def all_rows() -> list[Row]:
     """In order of importance."""
     rows: list[Row] = []
     sizes = (32, 64, 100, 128, 192, 256, 320, 384, 448)
-    for classes in (10, 100):
-        for what, deviation in (("PyTorch's weights", None), ("N(0, 0.25)", 0.5)):
-            setting = f"1000-{classes}, {what}"
-            rows += [Row(setting, (1000,), size, classes, deviation, peers=size <= 256) for size in sizes]
+    for normalised in (False, True):
+        for classes in (10, 100):
+            for what, deviation in (("PyTorch's weights", None), ("N(0, 0.25)", 0.5)):
+                setting = f"1000-{classes}, {what}, " + ("normalised" if normalised else "[0, 1]")
+                own = Row(setting, (1000,), 0, classes, deviation, normalised=normalised)
+                rows += [replace(own, size=size, peers=size <= 256) for size in sizes]
     for what, deviation in (("PyTorch's weights", None), ("N(0, 0.25)", 0.5)):
         rows += [Row(f"400-400-10, {what}", (400, 400), size, 10, deviation, peers=True) for size in (8, 16, 32)]
     for family in ("smoothing", "mixup"):
         rows += [Row(f"1000-{classes}, {family}", (1000,), 64, classes, family=family) for classes in (10, 100)]
     rows += [Row("1000-10, no biases", (1000,), size, bias=False) for size in (32, 64, 128)]
-    rows += [Row("1000-10, images on [0, 1]", (1000,), size, normalised=False) for size in (32, 64, 128)]
     rows += [Row("1000-10, trained", (1000,), size, epochs=3) for size in (32, 64, 128)]
     for side in (64, 224):
         rows += [Row(f"{side}x{side}, 400-10", (400,), size, side=side, peers=side == 64) for size in (8, 16)]
     rows += [Row("tutorial, 400-120-84-10", (120, 84), size, tutorial=True) for size in (8, 16, 32)]
-    rows += [Row(f"1000-10, noise {noise:.0e}", (1000,), 32, noise=noise) for noise in (1e-6, 1e-5, 1e-4, 1e-3)]
+    noises = (1e-6, 1e-5, 1e-4, 1e-3)
+    rows += [Row(f"1000-10, noise {noise:.0e}", (1000,), 32, noise=noise) for noise in noises]
+    rows += [Row(f"8x8, 60-10, noise {noise:.0e}", (60,), 6, side=SMALL_SIDE, noise=noise) for noise in noises]
     rows += [Row("5 x 200-10", (200,) * 5, size) for size in (8, 16, 24)]
     for activation in ("sigmoid", "gelu"):
         rows += [Row(f"400-10, {activation}", (400,), size, activation=activation) for size in (4, 8, 12, 16)]
-    rows.append(Row("4096-100, N(0, 0.25)", (4096,), 512, 100, 0.5, most_batches=1))
+    rows.append(Row("4096-100, N(0, 0.25), [0, 1]", (4096,), 512, 100, 0.5, normalised=False, most_batches=1))
     return rows
 
 
@@ -159,9 +179,14 @@ def measure(run: Run, row: Row, clients: Clients) -> list[dict[str, Any]]:
         inputs, labels = clients.batch(row, seed)
         network, accuracy = clients.network(row, inputs.shape[1], seed)
         layers = gradients(network, inputs, labels)
+        noise = noise_deviation(layers, row.noise)
         if row.noise:
             layers = with_noise(layers, row.noise, seed)
-        results.setdefault("recover_dense", []).append(_ours(run, row, layers, inputs, labels, seed))
+        ours = _ours(run, row, layers, inputs, labels, seed)
+        if row.noise and row.side == SMALL_SIDE:
+            bounds = best_deviations(network, inputs, labels, noise)
+            ours["over_bound"] = (ours["error"] / bounds[ours["nearest"]]).tolist()
+        results.setdefault("recover_dense", []).append(ours)
         if row.peers and run.arguments.peers and seed < run.arguments.peer_batches:
             allowed = max(run.arguments.peer_seconds, results["recover_dense"][-1]["seconds"])
             for name, result in _peers(row, network, layers, inputs, labels, allowed, seed).items():
@@ -178,6 +203,7 @@ def measure(run: Run, row: Row, clients: Clients) -> list[dict[str, Any]]:
             "slowest": max(result["seconds"] for result in found),
             "failed_seeds": [seed for seed, result in enumerate(found) if result["both"] < result["live"]],
             "error_over_stated": _median([ratio for result in found for ratio in result.get("ratios", [])]),
+            "error_over_bound": _median([ratio for result in found for ratio in result.get("over_bound", [])]),
             "verdicts": _added([result.get("verdicts", {}) for result in found]),
             "layers": sorted({result["layer"] for result in found if "layer" in result}),
             "accuracy": accuracy,
@@ -263,6 +289,7 @@ COLUMNS = {
     "spurious": lambda row: row["spurious"],
     "s a batch": lambda row: f"{row['seconds']:.1f}",
     "error / stated": lambda row: "-" if row["error_over_stated"] is None else f"{row['error_over_stated']:.2f}",
+    "error / bound": lambda row: "-" if row.get("error_over_bound") is None else f"{row['error_over_bound']:.2f}",
     "verdicts": lambda row: ", ".join(f"{count} {name}" for name, count in row["verdicts"].items()) or "-",
 }
 TITLE = "Whole batches from dense layers, float32, formats not told"
