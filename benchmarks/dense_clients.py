@@ -111,7 +111,7 @@ def _by_torch(parameters: list[Any], activation: str, inputs: np.ndarray, labels
 def _logits(parameters: list[Any], activation: str, inputs: jax.Array) -> jax.Array:
     hidden = inputs
     for place, (kernel, bias) in enumerate(parameters):
-        hidden = jnp.matmul(hidden, kernel, precision="highest") + (0 if bias is None else bias)
+        hidden = jnp.matmul(hidden, kernel, precision="highest") + (0 if bias is None else bias[None])
         if place < len(parameters) - 1:
             hidden = ACTIVATIONS[activation].apply(hidden)
     return hidden

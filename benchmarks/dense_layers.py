@@ -274,7 +274,8 @@ def draw_found(rows: list[dict[str, Any]]) -> Figure:
         axis.axvline(width, color="grey", linestyle=":", linewidth=0.8)
         axis.annotate(f"B < {width}", (width, 0.02), rotation=90, fontsize=6, ha="right")
     axis.set(xlabel="batch size B", ylabel="found, inputs and label", ylim=(-0.03, 1.05), xscale="log")
-    figure.legend(loc="outside right upper", fontsize=6)
+    if axis.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", fontsize=6)
     return figure
 
 

@@ -72,3 +72,14 @@ def test_the_script_at_its_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = json.loads((tmp_path / "dense_layers.json").read_text())["rows"]
     assert [row["both"] for row in rows] == [row["live"] for row in rows] == [4, 6]
     assert (tmp_path / "dense_layers.png").exists()
+
+
+def test_the_bound_grows_with_the_noise_and_with_the_batch() -> None:
+    """More noise, so much more deviation; and no example alone is better known in company."""
+    network, inputs, labels = make(3)
+    best_deviations = module("dense_clients").best_deviations
+    together = best_deviations(network, inputs, labels, 1e-6)
+    np.testing.assert_allclose(best_deviations(network, inputs, labels, 1e-3), 1e3 * together, rtol=1e-9)
+    # Alone an example's gradient is not divided by three.
+    alone = np.concatenate([best_deviations(network, inputs[[i]], labels[[i]], 3e-6) for i in range(3)]) / 3
+    assert np.all(together > alone)
