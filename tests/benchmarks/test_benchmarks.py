@@ -20,6 +20,7 @@ SCRIPTS = (
     "batches",
     "field",
     "class_counts",
+    "dense_layers",
     "hard_labels",
     "images",
     "images_by_label_mode",
