@@ -12,7 +12,7 @@ entry off by 1e-5 or more, `found` both. `spurious` is claimed and matches no ex
 average, compilation apart. `error / stated`: median over examples of the inputs' root mean square error over the
 deviation that `recover_dense` states for it; `error / bound`: over the Cramer-Rao bound, where that is computed. Rows
 named `tutorial` take the features after the convolutions for inputs: only their labels are the client's own. Where the
-search is at a deeper layer, `images` are that layer's inputs.
+search is at a deeper `layer` than 0, `images` are no images but that layer's inputs, and their truth is in float64.
 
 Peers, each on the first `--peer-batches` batches of their rows: `peeling` (float32, and with float64 gradients) and
 `SPEAR`, which has as many seconds as `recover_dense` took for that batch or `--peer-seconds`, whichever is more, and
@@ -285,6 +285,7 @@ COLUMNS = {
     "method": lambda row: row["method"],
     "batches": lambda row: row["batches"],
     "found": lambda row: f"{row['both']} of {row['live']} ({row['both'] / max(row['live'], 1):.1%})",
+    "layer": lambda row: ", ".join(str(layer) for layer in row["layers"]) or "0",
     "images": lambda row: row["images"],
     "labels": lambda row: "-" if row["method"] == "SPEAR" else row["labels"],
     "spurious": lambda row: row["spurious"],
