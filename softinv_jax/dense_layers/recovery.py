@@ -173,6 +173,9 @@ def _conclude(
         refuted |= int(Assumption.BATCH_SIZE)
     tolerated = _tolerated(layers, chosen, before, deltas, divisor)
     strange = assembled.complete and bool(np.any(residual[index + 1 :] > tolerated[index + 1 :]))
+    if told is None and divisor != 1:
+        # How many examples leave no gradient at all is not known, and so not what the mean was divided by.
+        verdict = np.where(verdict == Verdict.CONDITIONAL, np.int32(Verdict.AMBIGUOUS), verdict)
     # Inputs that open other units than their deltas say are none; but a client may drop units at random.
     wrong = (assembled.closed > 0) | (assembled.opened > 0)
     dropped = not np.any(assembled.closed) and bool(np.median(assembled.opened) > FEWEST_DROPPED * deltas[0].shape[1])
