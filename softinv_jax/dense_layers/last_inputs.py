@@ -24,7 +24,8 @@ def find_last(
     """Solutions beyond those found, as many as this comes to."""
     generator = np.random.default_rng(0)
     added: list[GateSolution] = []
-    while 0 < space.rank - len(found) - len(added) <= FEW:
+    # Where nothing is found, nothing is told of the rest.
+    while found and 0 < space.rank - len(found) - len(added) <= FEW:
         solution = _one_more(generator, layers, index, space, following, found + added)
         if solution is None:
             break
