@@ -1,4 +1,4 @@
-"""A NumPy client with dense layers whose activations have two slopes, and how what is found is held against the truth."""
+"""A client with dense layers, and what is claimed of its gradient against the truth."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
