@@ -97,6 +97,8 @@ def _at_common_scale(
     other.scale[:] = scale.value
     if not unknown_scale:
         other.refuted[:] |= int(Assumption.SCALE)
+        # Some examples may have a factor of their own (one that is there twice), so that one for all confirms nothing.
+        other.verdict[:] = np.where(other.verdict == Verdict.CONDITIONAL, Verdict.AMBIGUOUS, other.verdict)
     return other
 
 
@@ -167,6 +169,11 @@ def _search_singly(
         factor = _factor(recovery, turned)
         scalar = np.maximum(np.abs(np.asarray(recovery.scalar, np.float64)), 1e-300)
         relative = np.nan_to_num(np.asarray(recovery.evidence.scalar_deviation, np.float64) / scalar)
+        # Where no label fixes the length, all of the interval is possible.
+        ends = np.abs(np.asarray(recovery.interval, np.float64))
+        half = np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(ends.sum(axis=1), 1e-300)
+        known = np.asarray(recovery.verdict) >= Verdict.AMBIGUOUS
+        relative = np.where(known, relative, np.nan_to_num(half, nan=1.0))
     whole = np.ones(len(found.factor))
     whole[rows] = factor
     _, error = _prediction(layers, index, assembled, whole)

@@ -338,7 +338,9 @@ def _starts(layer: _Layer, found: _Found, generator: np.random.Generator) -> np.
     units = generator.integers(0, len(rows), 4 * STARTS)
     weights = layer.weight * space.noise[:, None] ** 2 @ generator.standard_normal((layer.weight.shape[1], 4 * STARTS))
     starts = np.concatenate([rows[units], weights.T @ rows])
-    starts = starts / np.linalg.norm(starts, axis=1, keepdims=True)
+    lengths = np.linalg.norm(starts, axis=1, keepdims=True)
+    # A unit that is never open has no row.
+    starts = (starts / np.where(lengths > 0, lengths, 1.0))[lengths[:, 0] > 0]
     if len(found.duals):
         starts = starts - (starts @ found.duals.T) @ np.linalg.solve(
             found.coordinates @ found.duals.T, found.coordinates

@@ -21,6 +21,8 @@ SKETCH = 128
 BEYOND = 24
 FLAT = 0.9
 POWER_STEPS = 8
+# The decomposition and `gate_fit` err themselves, in double precision, by more than one rounding of a float64 gradient.
+OWN_ROUNDOFF = 2.0**-47
 # Of the largest: inputs that are nearly always zero.
 NARROWEST_COLUMN = 1e-4
 
@@ -36,7 +38,7 @@ class LayerSpace:
       constant: (B,) last row of K V, so that constant . a = 1 with a bias; zeros without.
       common: largest singular value of what is beyond the rank, over sqrt(d): what noise that rows have in common can
         do to a sum over rows, in units of what independent noise does. At least 1.
-      roundoff: unit roundoff of the gradient's dtype.
+      roundoff: unit roundoff of the gradient's dtype, at least `OWN_ROUNDOFF`.
     """
 
     left: np.ndarray
@@ -101,15 +103,19 @@ def layer_space(
         directions=weight @ basis,
         constant=basis[-1] if bias is not None else np.zeros(rank),
         common=max(_largest(rest / noise[:, None]) / np.sqrt(columns), 1.0),
-        roundoff=float(unit_roundoff(dtype)),
+        roundoff=_roundoff(dtype),
     )
+
+
+def _roundoff(dtype: np.dtype) -> float:
+    return max(float(unit_roundoff(dtype)), OWN_ROUNDOFF)
 
 
 def _rounding(matrix: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """(m,) R and (d,) K of a matrix whose entries were rounded in proportion to themselves."""
     size = np.sqrt(np.mean(matrix**2, axis=1))
     smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
-    noise = np.hypot(unit_roundoff(dtype) / np.sqrt(3) * size, smallest)
+    noise = np.hypot(_roundoff(dtype) / np.sqrt(3) * size, smallest)
     noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
     profile = np.sqrt(np.mean((matrix / noise[:, None]) ** 2, axis=0))
     profile = np.maximum(profile, NARROWEST_COLUMN * np.max(profile))
