@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, surprise
-from softinv_jax.dense_layers.gate_rounds import SingleRow
 from softinv_jax.dense_layers.layers import DenseLayers
+from softinv_jax.dense_layers.single_rows import SingleRow
 from softinv_jax.dense_layers.smooth import SmoothSolution
 from softinv_jax.dense_layers.space import LayerSpace
 from softinv_jax.labels.scalar_equation import TOLERANCE
@@ -100,6 +100,11 @@ def assemble(
     carried = np.linalg.norm(mixing, axis=1)[:, None] / np.abs(scale)[:, None] * errors[None, :]
     next_delta = scale[:, None] * combination @ following.basis.T
     next_deviation = np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
+    if following.own is not None:
+        outside = np.linalg.norm(combination / following.own.singular_values, axis=1)
+        next_deviation = np.hypot(next_deviation, np.outer(np.abs(scale) * outside, following.own.noise))
+    # The client rounds what it passes on.
+    next_deviation = np.hypot(next_deviation, space.roundoff * np.abs(next_delta))
     if space.has_bias:
         # The scale is as uncertain as the constant 1 is.
         uncertain = np.hypot(own * space.columns[-1], np.linalg.norm(carried, axis=1))

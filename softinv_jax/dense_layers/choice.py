@@ -12,8 +12,6 @@ from softinv_jax.dense_layers.space import LayerSpace, layer_space
 
 __all__ = ["ChosenLayer", "choose_layers"]
 
-# Of the head's gradient: what rounding leaves of a sum over classes that is zero.
-ZERO_SUM = 1e-5
 # In place of two slopes, which nobody asks for.
 SMOOTH = (0.0, 1.0)
 
@@ -37,26 +35,23 @@ def choose_layers(layers: DenseLayers, largest: int | None) -> Iterator[ChosenLa
     """The layers that can tell the examples apart, from the last before the head on.
 
     Of m units each gives one equation; unknown are the B coordinates of an example's delta and the n of the next
-    layer's, of which one is its scale. Before the head n is the number of classes; farther from it, it is a layer's
-    width, and less is known of where to start. largest: B, where it is told.
+    layer's, of which one is its scale: as many as that layer has outputs, or B, where its own gradient tells the B
+    examples apart as well. largest: B, where it is told.
     """
-    for index in range(len(layers.activations) - 1, -1, -1):
+    following: LayerSpace | None = None
+    for index in range(len(layers.kernels) - 1, -1, -1):
         kernel, gradient = layers.kernels[index], layers.kernel_gradients[index]
-        if layers.activations[index] == "identity":
-            continue  # Nothing tells examples apart whose derivative is everywhere the same.
-        slopes = ACTIVATIONS[layers.activations[index]].slopes or SMOOTH
-        last = index == len(layers.activations) - 1
-        following = next_layer(layers.kernels[index + 1], last and _sums_to_zero(layers), slopes)
-        unknowns = following.weight.shape[1]
-        if not np.any(gradient) or kernel.shape[1] <= unknowns:
-            continue
+        if not np.any(gradient):
+            return
         space = layer_space(kernel, layers.biases[index], gradient, layers.bias_gradients[index], layers.dtype, largest)
-        excess = kernel.shape[1] - space.rank - unknowns + 1
-        if space.rank < min(gradient.shape) and excess > 0:
-            yield ChosenLayer(index, space, following, excess)
-
-
-def _sums_to_zero(layers: DenseLayers) -> bool:
-    """Whether the derivatives by the logits do, as those of a softmax."""
-    gradient = layers.kernel_gradients[-1]
-    return bool(np.linalg.norm(gradient.sum(axis=1)) <= ZERO_SUM * np.linalg.norm(gradient))
+        apart, after = space.rank < min(gradient.shape), following
+        following = space if apart else None
+        # Nothing tells examples apart where there is no activation, or one whose derivative is everywhere the same.
+        if not apart or index == len(layers.activations) or layers.activations[index] == "identity":
+            continue
+        slopes = ACTIVATIONS[layers.activations[index]].slopes or SMOOTH
+        own = after if after is not None and after.rank == space.rank else None
+        coming = next_layer(layers.kernels[index + 1], own, slopes)
+        excess = kernel.shape[1] - space.rank - coming.weight.shape[1] + 1
+        if excess > 0:
+            yield ChosenLayer(index, space, coming, excess)

@@ -35,12 +35,15 @@ class NextLayer:
 
     Attributes:
       weight: (m, n) W Q: the next layer's kernel on a basis of what its deltas can be. basis: (outputs, n) Q.
-      slopes: the activation's two.
+      kernel: (m, outputs) W. slopes: the activation's two.
+      own: of the next layer's gradient, if that holds as many examples: then Q spans its column space; else Q is 1.
     """
 
     weight: np.ndarray
     basis: np.ndarray
+    kernel: np.ndarray
     slopes: tuple[float, float]
+    own: LayerSpace | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,10 @@ class GateSolution:
     next_misfit: float
 
 
-def next_layer(kernel: np.ndarray, sums_to_zero: bool, slopes: tuple[float, float]) -> NextLayer:
-    """kernel: (m, outputs) of the next layer. sums_to_zero: whether its deltas do, as the softmax's."""
-    outputs = kernel.shape[1]
-    basis = np.eye(outputs)
-    if sums_to_zero:
-        basis = np.linalg.qr(basis - 1 / outputs)[0][:, :-1]
-    return NextLayer(kernel @ basis, basis, slopes)
+def next_layer(kernel: np.ndarray, own: LayerSpace | None, slopes: tuple[float, float]) -> NextLayer:
+    """kernel: (m, outputs) of the next layer. own: of its gradient, where that tells as many examples apart."""
+    basis = np.eye(kernel.shape[1]) if own is None else own.noise[:, None] * own.left
+    return NextLayer(kernel @ basis, basis, kernel, slopes, own)
 
 
 def fit_gates(space: LayerSpace, following: NextLayer, gates: np.ndarray, rounds: int = ROUNDS) -> GateSolution:
@@ -116,8 +116,7 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     delta = masked @ combination
     coordinates = space.left.T @ delta
     inside = space.left @ coordinates
-    # The client rounds every product of W g itself.
-    rounded = space.roundoff * float(np.sqrt(np.mean(masked**2 @ combination**2)))
+    rounded = _rounded(space, following, slopes, combination)
     noise = float(np.hypot(np.linalg.norm(coordinates / space.singular_values), rounded))
     # Units whose derivative is zero whatever the gate is say nothing.
     told = np.abs(weight @ combination) > TOLD * noise
@@ -126,7 +125,7 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     spread = float(np.sqrt(np.mean(delta**2)) / max(noise, 1e-300))
     # Along the other eigenvectors, each with its own eigenvalue.
     others = vectors[:, 1:] / np.sqrt(np.maximum(values[1:], 1e-30))
-    deviation = noise * np.sqrt(np.sum(others**2, axis=1))
+    deviation = noise * np.linalg.norm(others, axis=1)
     # Each of them has deltas of length one.
     moved = noise * float(np.sqrt(np.sum(1 / np.maximum(values[1:], 1e-30)) / len(weight)))
     own = float(np.hypot(rounded, moved))
@@ -135,6 +134,19 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     second = rival / max(noise * np.sqrt(max(freedom, 1)), 1e-300)
     solution = GateSolution(gates, told, combination, coordinates, misfit, freedom, spread, own, deviation, second)
     return solution, inside, weight @ combination
+
+
+def _rounded(space: LayerSpace, following: NextLayer, slopes: np.ndarray, combination: np.ndarray) -> float:
+    """Deviation of an entry of delta, in units of R, that is none of this layer's gradient."""
+    # The client rounds every product of W g itself.
+    weight = slopes[:, None] * following.weight / space.noise[:, None]
+    rounded = space.roundoff * float(np.sqrt(np.mean(weight**2 @ combination**2)))
+    if following.own is None:
+        return rounded
+    # What noise leaves of g outside of the column space, as of delta.
+    outside = float(np.linalg.norm(combination / following.own.singular_values))
+    kernel = slopes[:, None] * following.kernel * following.own.noise / space.noise[:, None]
+    return float(np.hypot(rounded, outside * np.linalg.norm(kernel) / np.sqrt(len(kernel))))
 
 
 def surprise(solution: GateSolution) -> float:

@@ -242,18 +242,37 @@ def _prediction(
     """
     generator = np.random.default_rng(0)
     roundoff = float(np.finfo(layers.dtype).eps) / 2
-    exact = layers.predictions(index, assembled.inputs * factor[:, None])
-    square = np.zeros_like(exact)
+    inputs = assembled.inputs * factor[:, None]
+    logits = layers.before(index, inputs)[-1]
+    exact = np.asarray(softmax(logits, axis=1))
+    # All logits of an example err about as much: together they show the size that a few draws of one would not.
+    square = np.mean((_rounded_logits(layers, index, inputs) - logits) ** 2, axis=1)
     for _ in range(DRAWS):
-        hidden = (assembled.inputs + assembled.draw_errors(generator)) * factor[:, None]
+        hidden = inputs + assembled.draw_errors(generator) * factor[:, None]
         for place in range(index, len(layers.kernels)):
             lengths = np.linalg.norm(hidden, axis=1, keepdims=True) * np.linalg.norm(layers.kernels[place], axis=0)
             values = layers.output(place, hidden)
             # Of a sum of products, every one and every partial sum is rounded.
             values = values + roundoff * (lengths + np.abs(values)) * generator.standard_normal(values.shape)
             hidden = layers.activate(place, values) if place < len(layers.activations) else values
-        square += (softmax(hidden, axis=1) - exact) ** 2
-    return exact, np.sqrt(square / DRAWS + (ROUNDED_OPERATIONS * roundoff * exact) ** 2)
+        square += np.mean((hidden - logits) ** 2, axis=1) / DRAWS
+    others = np.sum(exact**2, axis=1, keepdims=True) - exact**2
+    moved = exact * np.sqrt(square[:, None] * ((1 - exact) ** 2 + others))
+    # The softmax is made of its rounded logarithm.
+    logarithm = -np.log(np.maximum(exact, np.finfo(layers.dtype).tiny))
+    return exact, np.hypot(moved, (ROUNDED_OPERATIONS + logarithm) * roundoff * exact)
+
+
+def _rounded_logits(layers: DenseLayers, index: int, inputs: np.ndarray) -> np.ndarray:
+    """(k, C) as the gradient's own number format gives them: about what the client's arithmetic does to them."""
+    hidden = inputs.astype(layers.dtype)
+    for place in range(index, len(layers.kernels)):
+        bias = layers.biases[place]
+        hidden = hidden @ layers.kernels[place].astype(layers.dtype)
+        hidden = hidden if bias is None else hidden + bias.astype(layers.dtype)
+        if place < len(layers.activations):
+            hidden = layers.activate(place, hidden).astype(layers.dtype)
+    return np.asarray(hidden, np.float64)
 
 
 def _turned(feature: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

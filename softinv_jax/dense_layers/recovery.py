@@ -19,7 +19,6 @@ from softinv_jax.dense_layers.assembly import Assembled, assemble, assemble_smoo
 from softinv_jax.dense_layers.choice import ChosenLayer, choose_layers
 from softinv_jax.dense_layers.gate_rounds import search_all_gates
 from softinv_jax.dense_layers.labels import LabelsFound, find_labels
-from softinv_jax.dense_layers.last_inputs import find_last
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.single_rows import peel
 from softinv_jax.dense_layers.smooth import search_smooth
@@ -136,15 +135,16 @@ def _search(
     if ACTIVATIONS[layers.activations[index]].slopes is None:
         solutions = search_smooth(layers, index, space, space.rank, seed, progress)
         return assemble_smooth(layers, index, space, solutions, divisor)
+    # Where it is flat above as well, open units lie between two planes.
+    half_space = layers.activations[index] != "hard_tanh"
+    search = partial(search_all_gates, space, following, progress=progress, half_space=half_space, seed=seed)
     known = peel(layers, index, space, following)
     progress(len(known))
     found = [row.solution for row in known]
-    found += search_all_gates(space, following, known, [], progress, seed)
-    found += find_last(layers, index, space, following, found)
+    found += search(known, [])
     if known and len(found) < space.rank:
         # A row that was two examples' misleads the search for the others: once more without what rows say of inputs.
-        found += search_all_gates(space, following, [], found, progress, seed)
-        found += find_last(layers, index, space, following, found)
+        found += search([], found)
     confirmed = [row for row in known if row.confirmed]
     return assemble(layers, index, space, following, found, confirmed, divisor)
 

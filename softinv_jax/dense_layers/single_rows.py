@@ -9,15 +9,15 @@ explains them: one row is enough, and no label format is assumed. What is found 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from softinv_jax.dense_layers.gate_fit import NextLayer, fit_gates, is_among, is_credible
-from softinv_jax.dense_layers.gate_rounds import SingleRow
+from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, fit_gates, is_among, is_credible
 from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.space import LayerSpace
 
-__all__ = ["peel"]
+__all__ = ["SingleRow", "peel"]
 
 # So many rows in turn that are no example's: those after them hold more.
 FAILURES = 64
@@ -27,6 +27,20 @@ SAME_ROW = 1 - 1e-9
 CONFIRMED = 3.0
 # A row that is nothing but what others leave of rounding, in deviations of its entries.
 LEAST_ROW = 30.0
+
+
+@dataclass(frozen=True)
+class SingleRow:
+    """An example whose input is known because a row of the gradient is its own.
+
+    Attributes:
+      solution: its delta. input_coordinates: (B,) a, on the scale that `constant . a = 1` gives.
+      confirmed: whether another row says the same. One row alone may be a mixture of examples that open the same units.
+    """
+
+    solution: GateSolution
+    input_coordinates: np.ndarray
+    confirmed: bool
 
 
 def peel(layers: DenseLayers, index: int, space: LayerSpace, following: NextLayer) -> list[SingleRow]:
