@@ -155,11 +155,11 @@ def surprise(solution: GateSolution) -> float:
     return solution.freedom * float(chance) - len(solution.gates) * float(np.log(2))
 
 
-def is_credible(solution: GateSolution) -> bool:
-    """Whether it explains its equations to noise, no accident would, and nothing near it does."""
+def is_credible(solution: GateSolution, common: float) -> bool:
+    """Whether it explains its equations to noise, no accident would, and nothing near it does; common: of the space."""
     separation = max(SEPARATION, LEAST_SEPARATION * solution.spread)
     alone = solution.next_misfit > separation or len(solution.combination) == 1
-    limit = CREDIBLE_ROUNDING if solution.spread > FAR_ABOVE_NOISE else CREDIBLE_MISFIT
+    limit = CREDIBLE_ROUNDING if solution.spread > FAR_ABOVE_NOISE else CREDIBLE_MISFIT * common
     return alone and solution.misfit < limit and surprise(solution) > CREDIBLE_SURPRISE
 
 

@@ -24,6 +24,7 @@ WAYS = (len(SHARPNESS), len(TRUST))
 # Rounds in turn without one example more: at least, at most, and between as many as this number of operations allows.
 BARREN_ROUNDS = (8, 100)
 OPERATIONS = 1e12
+STARTS_FOR_FEW = 4  # Rounds, for each example that is left.
 MOST_ROUNDS = 10  # Times as many, in all.
 # Share of delta's square outside of the column space, of a candidate; and of the gates that two of one example agree in.
 WORTH_A_FIT = 0.3
@@ -78,7 +79,9 @@ def search_all_gates(
     tally, barren = _Tally(), 0
     patience = _patience(*space.left.shape, weight.shape[1])
     for _ in range(MOST_ROUNDS * patience):
-        if len(found) >= wanted or barren >= patience:
+        left = wanted - len(found)
+        # All starts are one where a single example is left, and nearly so where few are.
+        if left <= 0 or barren >= min(patience, STARTS_FOR_FEW * left):
             break
         ways = tally.draw(generator, STARTS)
         sharp, own = np.unravel_index(ways, WAYS)
@@ -161,7 +164,7 @@ def _enter(
         if held and np.max(np.mean(np.stack(held) == gates[lane], axis=1)) > SAME_GATES:
             continue
         solution = fit_gates(space, following, gates[lane])
-        if not is_credible(solution) or is_among(solution, examples + found):
+        if not is_credible(solution, space.common) or is_among(solution, examples + found):
             continue
         found.append(solution)
         held.append(solution.gates)

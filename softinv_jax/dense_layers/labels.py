@@ -135,8 +135,25 @@ def _at_known_scale(
         agreeing = np.abs(own - level) <= reach
         distinct = _distinct(prediction[row][agreeing], reach[agreeing])
         found.verdict[row] = Verdict.UNIQUE if distinct >= CONFIRMING else Verdict.CONDITIONAL
-        found.label[row], found.label_deviation[row] = np.clip(own, 0, 1), error
+        found.label[row], found.label_deviation[row] = np.clip(_levelled(own, error, agreeing), 0, 1), error
     return found
+
+
+def _levelled(label: np.ndarray, error: np.ndarray, agreeing: np.ndarray) -> np.ndarray:
+    """(C,) the label as near to what was found as its errors allow, with one level where classes agree, and sum 1.
+
+    A prediction that is nearly certain errs in two classes alone; the others tell the level, and the sum the rest. That
+    classes are at one level is likely and no more: the deviations stay.
+    """
+    if abs(1 - label.sum()) > TOLERANCE * np.linalg.norm(error):
+        return label
+    levelled = label.copy()
+    if np.count_nonzero(agreeing) > len(label) / 2:
+        weights = 1 / np.maximum(error[agreeing], 1e-300) ** 2
+        levelled[agreeing] = np.sum(weights * label[agreeing]) / np.sum(weights)
+    free = ~agreeing if np.any(~agreeing) else np.ones_like(agreeing)
+    square = np.where(free, error**2, 0)
+    return np.asarray(levelled + (1 - levelled.sum()) * square / max(square.sum(), 1e-300))
 
 
 def _distinct(values: np.ndarray, reach: np.ndarray) -> int:

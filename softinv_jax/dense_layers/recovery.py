@@ -16,7 +16,8 @@ import numpy as np
 
 from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.dense_layers.assembly import Assembled, assemble, assemble_smooth
-from softinv_jax.dense_layers.choice import ChosenLayer, choose_layers
+from softinv_jax.dense_layers.choice import ChosenLayer, choose_layers, with_fewer
+from softinv_jax.dense_layers.gate_fit import fit_gates, is_credible
 from softinv_jax.dense_layers.gate_rounds import search_all_gates
 from softinv_jax.dense_layers.labels import LabelsFound, find_labels
 from softinv_jax.dense_layers.layers import DenseLayers
@@ -30,6 +31,8 @@ __all__ = ["DenseRecovery", "recover_dense"]
 
 # Share of the units that a client closes at random, at least.
 FEWEST_DROPPED = 0.01
+# Deviation of an input's entries over their root mean square.
+MOST_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def recover_dense(
     for chosen in choose_layers(layers, told):
         total = told or chosen.space.rank
         divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
-        assembled = _search(layers, chosen, divisor, seed, partial(_report, report, total))
+        chosen, assembled = _search(layers, chosen, divisor, seed, partial(_report, report, total))
         if best is None or len(assembled.inputs) > len(best[1].inputs):
             best = chosen, assembled
         if assembled.complete:
@@ -130,11 +133,12 @@ def _report(progress: Callable[[int, int], None], total: int, found: int) -> Non
 
 def _search(
     layers: DenseLayers, chosen: ChosenLayer, divisor: float, seed: int, progress: Callable[[int], None]
-) -> Assembled:
+) -> tuple[ChosenLayer, Assembled]:
+    """What is found at a layer, and that layer as it was seen in the end."""
     index, space, following = chosen.index, chosen.space, chosen.following
     if ACTIVATIONS[layers.activations[index]].slopes is None:
         solutions = search_smooth(layers, index, space, space.rank, seed, progress)
-        return assemble_smooth(layers, index, space, solutions, divisor)
+        return chosen, assemble_smooth(layers, index, space, solutions, divisor)
     # Where it is flat above as well, open units lie between two planes.
     half_space = layers.activations[index] != "hard_tanh"
     search = partial(search_all_gates, space, following, progress=progress, half_space=half_space, seed=seed)
@@ -145,8 +149,14 @@ def _search(
     if known and len(found) < space.rank:
         # A row that was two examples' misleads the search for the others: once more without what rows say of inputs.
         found += search([], found)
+    if 0 < len(found) < space.rank:
+        fewer = with_fewer(layers, chosen, len(found))
+        solutions = [fit_gates(fewer.space, fewer.following, one.gates) for one in found]
+        if all(is_credible(one, fewer.space.common) for one in solutions):
+            # The others leave so little that it is noise for these.
+            return fewer, assemble(layers, index, fewer.space, fewer.following, solutions, [], divisor)
     confirmed = [row for row in known if row.confirmed]
-    return assemble(layers, index, space, following, found, confirmed, divisor)
+    return chosen, assemble(layers, index, space, following, found, confirmed, divisor)
 
 
 def _conclude(
@@ -178,6 +188,9 @@ def _conclude(
         verdict = np.where(verdict == Verdict.CONDITIONAL, np.int32(Verdict.AMBIGUOUS), verdict)
     # Inputs that open other units than their deltas say are none; but a client may drop units at random.
     wrong = (assembled.closed > 0) | (assembled.opened > 0)
+    # Nor are those that are mostly noise: what is derived from them would be as well.
+    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
+    wrong |= ~(assembled.input_deviation() < MOST_NOISE * size)
     dropped = not np.any(assembled.closed) and bool(np.median(assembled.opened) > FEWEST_DROPPED * deltas[0].shape[1])
     if strange or dropped:
         refuted |= int(Assumption.PARAMETERS)
@@ -187,7 +200,6 @@ def _conclude(
     verdict[wrong] = Verdict.NOT_FOUND
     for array in (inputs, labels.label, labels.label_deviation, labels.feature, labels.logit_gradient, deltas[0]):
         array[wrong] = np.nan
-    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
     deviation = np.hypot(assembled.input_deviation() * labels.factor, size * labels.factor_deviation)
     order = np.lexsort((-assembled.surprise, wrong))
     rows = max(total, len(order))

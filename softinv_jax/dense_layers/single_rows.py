@@ -116,10 +116,10 @@ def _certify(
     if not gates[unit]:
         return None
     solution = fit_gates(space, following, gates, rounds=1)
-    if not is_credible(solution):
+    if not is_credible(solution, space.common):
         # A gate or two are wrong where the row itself is rounded much.
         solution = fit_gates(space, following, gates)
-        if not is_credible(solution) or np.count_nonzero(solution.gates != gates) > len(gates) / 50:
+        if not is_credible(solution, space.common) or np.count_nonzero(solution.gates != gates) > len(gates) / 50:
             return None
     divisor = solution.coordinates @ (coordinates / space.singular_values)
     if abs(divisor) < 1e-12 * np.linalg.norm(solution.coordinates) * np.linalg.norm(

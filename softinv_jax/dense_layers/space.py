@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE, rounding_rank
+from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE
 from softinv_jax.observation.rank_one import unit_roundoff
 
 __all__ = ["LayerSpace", "layer_space"]
@@ -23,6 +23,9 @@ FLAT = 0.9
 POWER_STEPS = 8
 # The decomposition and `gate_fit` err themselves, in double precision, by more than one rounding of a float64 gradient.
 OWN_ROUNDOFF = 2.0**-47
+# Of all singular values: where more stand out of rounding, there is other noise. Single ones do so by any factor, since
+# an example's gradient may be as small as it likes.
+MOST_ROUNDED = 0.5
 # Of the largest: inputs that are nearly always zero.
 NARROWEST_COLUMN = 1e-4
 
@@ -67,8 +70,12 @@ def layer_space(
     bias_gradient: np.ndarray | None,
     dtype: np.dtype,
     largest: int | None,
+    rank: int | None = None,
 ) -> LayerSpace:
-    """Decompose; kernel and its gradient: (inputs, outputs). largest: B, where it is told and noise hides it."""
+    """Decompose; kernel and its gradient: (inputs, outputs).
+
+    largest: B, where it is told and noise hides it. rank: if given, what is beyond is taken for noise.
+    """
     matrix, weight = kernel_gradient.T, kernel.T
     if bias is not None and bias_gradient is not None:
         matrix = np.concatenate([matrix, bias_gradient[:, None]], axis=1)
@@ -79,13 +86,15 @@ def layer_space(
     edge = np.sqrt(live[0]) + np.sqrt(live[1])
     noise, profile = _rounding(matrix, dtype)
     values, right = _decompose(matrix / profile / noise[:, None], CORRELATED * edge)
-    rank = rounding_rank(values[: min(live)], edge)
-    if rank is None:
+    seen = int(np.count_nonzero(values[: min(live)] > CORRELATED * edge))
+    if 0 < seen <= MOST_ROUNDED * min(live):
+        rank = min(seen, rank or seen)
+    else:
         # Other noise, the same on all entries as far as is known.
         profile = np.ones(columns)
         values, right = _decompose(matrix, 0.0)
-        rank = _noisy_rank(values[: min(live)], np.sum(matrix**2), live)
-        rank = rank if largest is None else min(rank, largest)
+        seen = _noisy_rank(values[: min(live)], np.sum(matrix**2), live)
+        rank = min(seen, rank or seen, largest or seen)
     matrix = matrix / profile
     # What is left beyond the rank is the noise: more than one rounding, where sums were rounded on the way.
     rest = matrix - (matrix @ right[:rank].T) @ right[:rank]
