@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, fit_gates, is_among, is_credible
-from softinv_jax.dense_layers.gate_search import STEPS, search_gates
+from softinv_jax.dense_layers.gate_search import search_gates
 from softinv_jax.dense_layers.single_rows import SingleRow
 from softinv_jax.dense_layers.space import LayerSpace
 
 __all__ = ["search_all_gates"]
 
 STARTS = 64
-SHARPNESS, TRUST = (0.5, 2.0, 20.0), (0.5, 1.0, 3.0)
+SHARPNESS, TRUST = (0.5, 1.0, 20.0), (0.5, 1.0, 3.0)
+# More steps where a round finds fewer than the one number, less where it finds more than the other.
+STEPS = (60, 150, 400, 1000)
+FEW, MANY = 2, 12
 WAYS = (len(SHARPNESS), len(TRUST))
-# Rounds in turn without one example more: at least, at most, and between as many as this number of operations allows.
-BARREN_ROUNDS = (8, 100)
-OPERATIONS = 1e12
-STARTS_FOR_FEW = 4  # Rounds, for each example that is left.
-MOST_ROUNDS = 10  # Times as many, in all.
+# Steps in turn without one example more: at least, at most, and between as many as this number of operations allows.
+BARREN_STEPS = (1000, 10_000)
+OPERATIONS = 2e12
+MOST_STEPS = 20  # Times as many, in all.
+ROUNDS_FOR_EACH = 4  # In turn without one example more, for each that is left.
 # Share of delta's square outside of the column space, of a candidate; and of the gates that two of one example agree in.
 WORTH_A_FIT = 0.3
 SAME_GATES = 0.985
@@ -76,12 +79,12 @@ def search_all_gates(
     wanted = space.rank - len(examples)
     deltas, weight = _whitened(space, following, known)
     found: list[GateSolution] = []
-    tally, barren = _Tally(), 0
+    tally, level, total = _Tally(), 0, 0
+    barren_steps = barren_rounds = 0
     patience = _patience(*space.left.shape, weight.shape[1])
-    for _ in range(MOST_ROUNDS * patience):
-        left = wanted - len(found)
+    while len(found) < wanted and barren_steps < patience and total < MOST_STEPS * patience:
         # All starts are one where a single example is left, and nearly so where few are.
-        if left <= 0 or barren >= min(patience, STARTS_FOR_FEW * left):
+        if barren_rounds >= ROUNDS_FOR_EACH * (wanted - len(found)):
             break
         ways = tally.draw(generator, STARTS)
         sharp, own = np.unravel_index(ways, WAYS)
@@ -96,20 +99,23 @@ def search_all_gates(
             np.asarray(SHARPNESS, np.float32)[sharp],
             np.asarray(TRUST, np.float32)[own],
             np.float32(half_space),
+            np.int32(STEPS[level]),
             following.slopes,
         )
-        before = len(found)
         successes = _enter(space, following, np.asarray(gates), np.asarray(misfit), examples, found, wanted)
         tally.enter(ways, successes)
-        barren = 0 if len(found) > before else barren + 1
+        total += STEPS[level]
+        barren_steps = 0 if successes else barren_steps + STEPS[level]
+        barren_rounds = 0 if successes else barren_rounds + 1
+        level = int(np.clip(level + (len(successes) < FEW) - (len(successes) > MANY), 0, len(STEPS) - 1))
         progress(len(examples) + len(found))
     return found
 
 
 def _patience(units: int, rank: int, unknowns: int) -> int:
-    """How many rounds in turn may find nothing."""
-    operations = 2.0 * STARTS * STEPS * units * (unknowns**2 + rank * unknowns + 8 * rank)
-    return int(np.clip(OPERATIONS / operations, *BARREN_ROUNDS))
+    """How many steps in turn may find nothing."""
+    operations = 2.0 * STARTS * units * (unknowns**2 + rank * unknowns + 8 * rank)
+    return int(np.clip(OPERATIONS / operations, *BARREN_STEPS))
 
 
 def _whitened(space: LayerSpace, following: NextLayer, known: list[SingleRow]) -> tuple[jnp.ndarray, jnp.ndarray]:

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
-__all__ = ["STEPS", "search_gates"]
+__all__ = ["search_gates"]
 
-STEPS = 60
-# Then so many in which the delta alone decides.
+# At last, in which the delta alone decides.
 HARD_STEPS = 10
 # How sharp the gates are in the end: the logistic function's slope, in root mean squares of D a.
 SHARPEST = 20.0
@@ -39,6 +38,7 @@ def search_gates(
     sharpness: jax.Array,
     trust: jax.Array,
     forward: jax.Array,
+    steps: jax.Array,
     slopes: tuple[float, float],
 ) -> tuple[jax.Array, jax.Array]:
     """Search from every start; float32 is enough, since what is found is solved for exactly afterwards.
@@ -50,6 +50,7 @@ def search_gates(
       gates: (S, m) of every start, between 0 and 1. combinations: (S, n) of g.
       sharpness: (S,) of the gates at first. trust: (S,) in what the delta says, against what the input says.
       forward: () 1, or 0 where open units are no half-space: then the delta alone decides.
+      steps: () int32, in which the gates grow sharp: the more, the surer, where there are many examples.
       slopes: lower and upper.
 
     Returns:
@@ -91,7 +92,7 @@ def search_gates(
         def soft(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             target, delta, share, combination = fit(state[0], state[2])
             vote = open_by_delta(delta, target)
-            slope = sharp * (SHARPEST / sharp) ** (step / STEPS)
+            slope = sharp * (SHARPEST / sharp) ** (step / steps)
             field = forward * open_by_input(vote, target) + own * vote
             return jax.nn.sigmoid(slope * field), share, combination
 
@@ -100,7 +101,7 @@ def search_gates(
             return (open_by_delta(delta, target) > 0).astype(gate.dtype), share, combination
 
         state = gate, jnp.ones((), gate.dtype), combination
-        state = jax.lax.fori_loop(0, STEPS, soft, state)
+        state = jax.lax.fori_loop(0, steps, soft, state)
         state = (state[0] > 0.5).astype(gate.dtype), *state[1:]
         gate, share, _ = jax.lax.fori_loop(0, HARD_STEPS, hard, state)
         return gate > 0.5, share
