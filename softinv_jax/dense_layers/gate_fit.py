@@ -107,7 +107,7 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     held = space.left.T @ masked
     gram = masked.T @ masked
     # Where hardly a unit is open, nothing is determined: kept away from by the trace.
-    scale = np.linalg.cholesky(gram + (1e-12 * np.trace(gram) + 1e-300) * np.eye(len(gram)))
+    scale = np.linalg.cholesky(gram + (1e-12 * np.trace(gram) or 1.0) * np.eye(len(gram)))
     inverse = np.linalg.inv(scale)
     values, vectors = np.linalg.eigh(inverse @ (gram - held.T @ held) @ inverse.T)
     vectors = inverse.T @ vectors

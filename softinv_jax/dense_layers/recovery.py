@@ -110,10 +110,10 @@ def recover_dense(
     for chosen in choose_layers(layers, told):
         total = told or chosen.space.rank
         divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
-        chosen, assembled = _search(layers, chosen, divisor, seed, partial(_report, report, total))
-        if best is None or len(assembled.inputs) > len(best[1].inputs):
-            best = chosen, assembled
-        if assembled.complete:
+        found = _search(layers, chosen, divisor, seed, partial(_report, report, total))
+        if best is None or len(found[1].inputs) > len(best[1].inputs):
+            best = found
+        if found[1].complete:
             break
     if best is None:
         return _nothing(layers, told or 1)
