@@ -29,7 +29,7 @@ BARREN_STEPS = (1000, 10_000)
 OPERATIONS = 2e12
 MOST_STEPS = 20  # Times as many, in all.
 ROUNDS_FOR_EACH = 4  # In turn without one example more, for each that is left.
-# Share of delta's square outside of the column space, of a candidate; share of their gates that two of one example have.
+# Share of delta's square outside of the column space, of a candidate; share of gates that two of one example agree in.
 WORTH_A_FIT = 0.3
 SAME_GATES = 0.985
 # Of the median: rows that are less noisy than this are so because nothing is in them.

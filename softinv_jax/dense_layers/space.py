@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE
+from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE, rounding_rank
 from softinv_jax.observation.rank_one import unit_roundoff
 
 __all__ = ["LayerSpace", "layer_space"]
@@ -23,8 +23,8 @@ FLAT = 0.9
 POWER_STEPS = 8
 # The decomposition and `gate_fit` err themselves, in double precision, by more than one rounding of a float64 gradient.
 OWN_ROUNDOFF = 2.0**-47
-# Of all singular values: where more stand out of rounding, there is other noise. Single ones do so by any factor, since
-# an example's gradient may be as small as it likes.
+# Of all singular values: where more stand out of rounding, with no gap, there is other noise. Few may do so by any
+# factor, since an example's gradient may be as small as it likes.
 MOST_ROUNDED = 0.5
 # Of the largest: inputs that are nearly always zero.
 NARROWEST_COLUMN = 1e-4
@@ -86,8 +86,11 @@ def layer_space(
     edge = np.sqrt(live[0]) + np.sqrt(live[1])
     noise, profile = _rounding(matrix, dtype)
     values, right = _decompose(matrix / profile / noise[:, None], CORRELATED * edge)
-    seen = int(np.count_nonzero(values[: min(live)] > CORRELATED * edge))
-    if 0 < seen <= MOST_ROUNDED * min(live):
+    seen = rounding_rank(values[: min(live)], edge)
+    few = int(np.count_nonzero(values > CORRELATED * edge))
+    if seen is None and 0 < few <= MOST_ROUNDED * min(live):
+        seen = few
+    if seen is not None:
         rank = min(seen, rank or seen)
     else:
         # Other noise, the same on all entries as far as is known.
