@@ -81,7 +81,7 @@ def search_all_gates(
     found: list[GateSolution] = []
     tally, level, total = _Tally(), 0, 0
     barren_steps = barren_rounds = 0
-    patience = _patience(*space.left.shape, weight.shape[1])
+    patience = _patience(len(space.left), space.rank, weight.shape[1])
     while len(found) < wanted and barren_steps < patience and total < MOST_STEPS * patience:
         # All starts are one where a single example is left, and nearly so where few are.
         if barren_rounds >= ROUNDS_FOR_EACH * (wanted - len(found)):

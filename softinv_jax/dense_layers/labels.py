@@ -28,7 +28,11 @@ DRAWS = 4
 # Predictions of classes at one level of the label that differ; of two the scale could be made to fit, and a level.
 CONFIRMING = 4
 DISTINCT = 10.0
+MOST_REPEATED = 8
+# Of the scales of several examples, relative: one gradient has one.
+ONE_SCALE = 1e-3
 ROUNDED_OPERATIONS = 3
+UNKNOWN_LENGTH = 1.0
 ORDINARY = 15.0
 
 
@@ -41,7 +45,7 @@ class LabelsFound:
       feature: (k, d) the head's inputs. logit_gradient: (k, C) g.
       factor: (k,) what the inputs that were given must be multiplied by, 1 where their scale was known;
         factor_deviation: (k,).
-      scale: (k,) factor on the gradient. loss: (k,) a `Loss`. refuted: (k,) `Assumption` flags.
+      scale: (k,) factor on the gradient. loss: (k,) a `Loss`. refuted, rests_on: (k,) `Assumption` flags.
     """
 
     label: np.ndarray
@@ -54,16 +58,23 @@ class LabelsFound:
     scale: np.ndarray
     loss: np.ndarray
     refuted: np.ndarray
+    rests_on: np.ndarray
 
 
-def find_labels(layers: DenseLayers, index: int, assembled: Assembled, *, unknown_scale: bool) -> LabelsFound:
-    """Labels of the examples that were put together at layer `index`."""
+def find_labels(
+    layers: DenseLayers, index: int, assembled: Assembled, *, unknown_scale: bool, missing: int | None
+) -> LabelsFound:
+    """Labels of the examples that were put together at layer `index`.
+
+    missing: how many examples more there are than the gradient shows; None where that is not known, nor, so, what a
+    mean over them was divided by.
+    """
     before = layers.before(index, assembled.inputs)
     feature = layers.activate(len(layers.kernels) - 2, before[-2])
     gradient, deviation = _logit_gradient(layers, index, before, assembled)
     found = _none(feature, gradient)
     if assembled.scaled:
-        found = _at_common_scale(layers, index, assembled, found, deviation, unknown_scale=unknown_scale)
+        found = _at_common_scale(layers, index, assembled, found, deviation, unknown_scale, missing)
     open_ones = np.flatnonzero(found.verdict == Verdict.REFUTED)
     if open_ones.size:
         _search_singly(layers, index, assembled, found, open_ones, deviation, unknown_scale=unknown_scale)
@@ -76,30 +87,38 @@ def _at_common_scale(
     assembled: Assembled,
     nothing: LabelsFound,
     deviation: np.ndarray,
-    *,
     unknown_scale: bool,
+    missing: int | None,
 ) -> LabelsFound:
     """Where the inputs' scale is known, and so the predictions: at the gradient's scale, told or found."""
     gradient = nothing.logit_gradient
     prediction, error = _prediction(layers, index, assembled, np.ones(len(gradient)))
-    found = nothing
+    found, told = nothing, not unknown_scale and missing is not None
     if not unknown_scale:
         found = _at_known_scale(prediction, gradient, np.hypot(deviation, error), nothing)
-        if 2 * np.sum(found.verdict == Verdict.REFUTED) <= len(gradient):
+        found.rests_on[:] |= int(Assumption.BATCH_SIZE) if missing else 0
+        found = _repeated(prediction, gradient, deviation, error, found, missing)
+        if np.all(found.verdict == Verdict.UNIQUE):
             return found
     scale = common_scale(prediction, gradient, error, deviation)
-    if scale is None:
+    if scale is None or (not unknown_scale and abs(scale.value - 1) < max(ONE_SCALE, TOLERANCE * scale.deviation)):
         return found
     own = np.hypot(deviation, np.abs(gradient / scale.value) * scale.deviation) / abs(scale.value)
     other = _at_known_scale(prediction, gradient / scale.value, np.hypot(own, error), nothing)
-    if np.sum(other.verdict == Verdict.REFUTED) >= np.sum(found.verdict == Verdict.REFUTED) and not unknown_scale:
+    if not unknown_scale and _confirmed(other) <= _confirmed(found):
         return found
     other.scale[:] = scale.value
-    if not unknown_scale:
+    other = _repeated(prediction, gradient / scale.value, own, error, other, missing)
+    if told:
         other.refuted[:] |= int(Assumption.SCALE)
         # Some examples may have a factor of their own (one that is there twice), so that one for all confirms nothing.
         other.verdict[:] = np.where(other.verdict == Verdict.CONDITIONAL, Verdict.AMBIGUOUS, other.verdict)
     return other
+
+
+def _confirmed(found: LabelsFound) -> tuple[int, int]:
+    """How many labels confirm the scale, and how many are possible at it."""
+    return int(np.sum(found.verdict == Verdict.UNIQUE)), int(np.sum(found.verdict != Verdict.REFUTED))
 
 
 def _none(feature: np.ndarray, gradient: np.ndarray) -> LabelsFound:
@@ -115,6 +134,7 @@ def _none(feature: np.ndarray, gradient: np.ndarray) -> LabelsFound:
         scale=np.ones(examples),
         loss=np.full(examples, int(Loss.CROSS_ENTROPY)),
         refuted=np.zeros(examples, np.int64),
+        rests_on=np.full(examples, int(Assumption.LOSS | Assumption.SCALE), np.int64),
     )
 
 
@@ -156,6 +176,34 @@ def _levelled(label: np.ndarray, error: np.ndarray, agreeing: np.ndarray) -> np.
     return np.asarray(levelled + (1 - levelled.sum()) * square / max(square.sum(), 1e-300))
 
 
+def _repeated(
+    prediction: np.ndarray,
+    gradient: np.ndarray,
+    deviation: np.ndarray,
+    error: np.ndarray,
+    found: LabelsFound,
+    missing: int | None,
+) -> LabelsFound:
+    """Examples that are there several times have as large a factor of their own, and the mean of their labels.
+
+    Only where the factor is confirmed by classes at one level, and other examples by the scale that they share.
+    """
+    most = MOST_REPEATED if missing is None else min(missing + 1, MOST_REPEATED)
+    for row in np.flatnonzero(found.verdict == Verdict.REFUTED):
+        for times in range(2, most + 1):
+            own = slice(row, row + 1)
+            noise = np.hypot(deviation[own] / times, error[own])
+            one = _at_known_scale(
+                prediction[own], gradient[own] / times, noise, _none(found.feature[own], gradient[own])
+            )
+            if one.verdict[0] == Verdict.UNIQUE:
+                found.verdict[row] = Verdict.CONDITIONAL
+                found.label[row], found.label_deviation[row] = one.label[0], one.label_deviation[0]
+                found.refuted[row] |= int(Assumption.DISTINCT_EXAMPLES)
+                break
+    return found
+
+
 def _distinct(values: np.ndarray, reach: np.ndarray) -> int:
     """How many of them can be told apart."""
     order = np.argsort(values)
@@ -188,9 +236,12 @@ def _search_singly(
         relative = np.nan_to_num(np.asarray(recovery.evidence.scalar_deviation, np.float64) / scalar)
         # Where no label fixes the length, all of the interval is possible.
         ends = np.abs(np.asarray(recovery.interval, np.float64))
-        half = np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(ends.sum(axis=1), 1e-300)
+        with np.errstate(invalid="ignore"):
+            half = np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(ends.sum(axis=1), 1e-300)
         known = np.asarray(recovery.verdict) >= Verdict.AMBIGUOUS
-        relative = np.where(known, relative, np.nan_to_num(half, nan=1.0))
+        # Where not even a label of one example bounds it, anything is possible.
+        half = np.where(np.isfinite(half), np.maximum(half, UNKNOWN_LENGTH), UNKNOWN_LENGTH)
+        relative = np.where(known, relative, half)
     whole = np.ones(len(found.factor))
     whole[rows] = factor
     _, error = _prediction(layers, index, assembled, whole)
@@ -204,6 +255,21 @@ def _search_singly(
     found.scale[rows] = np.asarray(recovery.scale, np.float64)
     found.loss[rows] = np.asarray(recovery.assumptions.loss)
     found.refuted[rows] = np.asarray(recovery.assumptions.refuted)
+    found.rests_on[rows] = np.asarray(recovery.assumptions.rests_on)
+    if unknown_scale:
+        _agree_on_scale(found, rows)
+
+
+def _agree_on_scale(found: LabelsFound, rows: np.ndarray) -> None:
+    """Labels whose scale is another than that of those that are sure, or than each other's, are not to be relied on."""
+    claimed = rows[found.verdict[rows] >= Verdict.CONDITIONAL]
+    sure = claimed[found.verdict[claimed] == Verdict.UNIQUE]
+    judges = sure if sure.size else claimed
+    if not judges.size:
+        return
+    apart = np.abs(found.scale / np.median(found.scale[judges]) - 1) > ONE_SCALE
+    wrong = claimed if np.any(apart[judges]) else claimed[apart[claimed]]
+    found.verdict[wrong] = Verdict.AMBIGUOUS
 
 
 def _observation(
@@ -311,5 +377,6 @@ def _factor(recovery: Recovery, turned: np.ndarray) -> np.ndarray:
     scalar = np.abs(np.asarray(recovery.scalar, np.float64))
     interval = np.asarray(recovery.interval, np.float64)
     middle = np.abs(np.mean(interval, axis=1))
+    middle = np.where(np.isfinite(middle), middle, length)
     known = np.asarray(recovery.verdict) >= Verdict.AMBIGUOUS
     return np.asarray(np.where(known, scalar, middle) / length)

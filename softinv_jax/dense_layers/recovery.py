@@ -53,6 +53,7 @@ class DenseRecovery:
       residual: (L,) relative distance of each layer's gradient from that of all examples together; NaN unless all were
         found.
       scale: factor on the gradient, 1 unless it was to be found. loss, refuted: as of `BatchRecovery`.
+      rests_on: (B,) `Assumption` flags that a conditional label is right under.
     """
 
     inputs: np.ndarray
@@ -73,6 +74,7 @@ class DenseRecovery:
     scale: float
     loss: int
     refuted: int
+    rests_on: np.ndarray
 
 
 def recover_dense(
@@ -121,7 +123,9 @@ def recover_dense(
     total = told or chosen.space.rank
     if not len(assembled.inputs):
         return _nothing(layers, total, chosen)
-    labels = find_labels(layers, chosen.index, assembled, unknown_scale=unknown_scale)
+    # How many examples leave no gradient at all is not known, and so not what the mean was divided by.
+    missing = 0 if reduction == "sum" else None if told is None else max(told - chosen.space.rank, 0)
+    labels = find_labels(layers, chosen.index, assembled, unknown_scale=unknown_scale, missing=missing)
     report(total, total)
     divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
     return _conclude(layers, chosen, assembled, labels, total, told, divisor)
@@ -137,8 +141,8 @@ def _search(
     """What is found at a layer, and that layer as it was seen in the end."""
     index, space, following = chosen.index, chosen.space, chosen.following
     if ACTIVATIONS[layers.activations[index]].slopes is None:
-        solutions = search_smooth(layers, index, space, space.rank, seed, progress)
-        return chosen, assemble_smooth(layers, index, space, solutions, divisor)
+        smooth = search_smooth(layers, index, space, space.rank, seed, progress)
+        return chosen, assemble_smooth(layers, index, space, smooth, divisor)
     # Where it is flat above as well, open units lie between two planes.
     half_space = layers.activations[index] != "hard_tanh"
     search = partial(search_all_gates, space, following, progress=progress, half_space=half_space, seed=seed)
@@ -183,8 +187,7 @@ def _conclude(
         refuted |= int(Assumption.BATCH_SIZE)
     tolerated = _tolerated(layers, chosen, before, deltas, divisor)
     strange = assembled.complete and bool(np.any(residual[index + 1 :] > tolerated[index + 1 :]))
-    if told is None and divisor != 1:
-        # How many examples leave no gradient at all is not known, and so not what the mean was divided by.
+    if told is None and divisor != 1 and np.all(labels.scale == 1):
         verdict = np.where(verdict == Verdict.CONDITIONAL, np.int32(Verdict.AMBIGUOUS), verdict)
     # Inputs that open other units than their deltas say are none; but a client may drop units at random.
     wrong = (assembled.closed > 0) | (assembled.opened > 0)
@@ -229,6 +232,7 @@ def _conclude(
         scale=float(np.median(labels.scale)),
         loss=int(np.bincount(labels.loss).argmax()),
         refuted=refuted,
+        rests_on=filled(np.where(verdict == Verdict.CONDITIONAL, labels.rests_on, 0), 0),
     )
 
 
@@ -310,4 +314,5 @@ def _nothing(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None)
         scale=math.nan,
         loss=0,
         refuted=0,
+        rests_on=np.zeros(total, np.int64),
     )

@@ -23,9 +23,6 @@ FLAT = 0.9
 POWER_STEPS = 8
 # The decomposition and `gate_fit` err themselves, in double precision, by more than one rounding of a float64 gradient.
 OWN_ROUNDOFF = 2.0**-47
-# Of all singular values: where more stand out of rounding, with no gap, there is other noise. Few may do so by any
-# factor, since an example's gradient may be as small as it likes.
-MOST_ROUNDED = 0.5
 # Of the largest: inputs that are nearly always zero.
 NARROWEST_COLUMN = 1e-4
 
@@ -83,21 +80,8 @@ def layer_space(
     columns = matrix.shape[1]
     # Units that are never open, and inputs that are always zero, hold neither signal nor noise.
     live = int(np.any(matrix, axis=1).sum()), int(np.any(matrix, axis=0).sum())
-    edge = np.sqrt(live[0]) + np.sqrt(live[1])
-    noise, profile = _rounding(matrix, dtype)
-    values, right = _decompose(matrix / profile / noise[:, None], CORRELATED * edge)
-    seen = rounding_rank(values[: min(live)], edge)
-    few = int(np.count_nonzero(values > CORRELATED * edge))
-    if seen is None and 0 < few <= MOST_ROUNDED * min(live):
-        seen = few
-    if seen is not None:
-        rank = min(seen, rank or seen)
-    else:
-        # Other noise, the same on all entries as far as is known.
-        profile = np.ones(columns)
-        values, right = _decompose(matrix, 0.0)
-        seen = _noisy_rank(values[: min(live)], np.sum(matrix**2), live)
-        rank = min(seen, rank or seen, largest or seen)
+    seen, right, noise, profile = _leading(matrix, dtype, live, largest)
+    rank = min(seen, rank or seen)
     matrix = matrix / profile
     # What is left beyond the rank is the noise: more than one rounding, where sums were rounded on the way.
     rest = matrix - (matrix @ right[:rank].T) @ right[:rank]
@@ -117,6 +101,26 @@ def layer_space(
         common=max(_largest(rest / noise[:, None]) / np.sqrt(columns), 1.0),
         roundoff=_roundoff(dtype),
     )
+
+
+def _leading(
+    matrix: np.ndarray, dtype: np.dtype, live: tuple[int, int], largest: int | None
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """The rank that stands out of rounding, or of other noise; the leading V^T; R and K."""
+    edge = np.sqrt(live[0]) + np.sqrt(live[1])
+    noise, profile = _rounding(matrix, dtype)
+    values, right = _decompose(matrix / profile / noise[:, None], CORRELATED * edge)
+    rank = rounding_rank(values[: min(live)], edge)
+    if rank is not None:
+        return rank, right, noise, profile
+    # No gap: other noise, the same on all entries as far as is known, or an example with next to no gradient.
+    few = int(np.count_nonzero(values[: min(live)] > CORRELATED * edge))
+    values, rows = _decompose(matrix, 0.0)
+    rank = _noisy_rank(values[: min(live)], np.sum(matrix**2), live)
+    rank = min(rank, largest or rank)
+    if 0 < few <= rank:
+        return few, right, noise, profile
+    return rank, rows, noise, np.ones(matrix.shape[1])
 
 
 def _roundoff(dtype: np.dtype) -> float:
