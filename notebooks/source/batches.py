@@ -70,3 +70,69 @@ assert found.rank == batch_size
 claimed = np.isin(found.verdict[order[0]], [softinv_jax.Verdict.UNIQUE, softinv_jax.Verdict.AMBIGUOUS])
 assert distance[order][claimed].max() < 1e-4
 assert claimed.mean() > 0.8
+
+# %% [markdown]
+# ## More examples than classes
+#
+# The head tells fewer examples apart than there are classes. A dense layer before it tells nearly as many apart as it
+# has units. Here: one ReLU layer, 10 classes, photographs as inputs. Labels are mixed of two classes, which
+# the observer is not told. The network begins with dense layers, so the inputs that come back are the client's images.
+
+# %%
+from softinv_jax.client import load_photographs
+
+BATCH, UNITS = (12, 100) if FAST else (32, 400)
+photographs = load_photographs(split="test", per_class=10, image_size=32)
+pixels = np.asarray(photographs.normalised())
+chosen = rng.choice(len(pixels), BATCH, replace=False)
+inputs = pixels[chosen].reshape(BATCH, -1).astype(np.float32)
+share = rng.uniform(0.5, 1, (BATCH, 1))
+soft = (share * np.eye(10)[rng.integers(0, 10, BATCH)] + (1 - share) * np.eye(10)[rng.integers(0, 10, BATCH)]).astype(
+    np.float32
+)
+
+
+def layer(inputs, outputs):
+    """PyTorch's initial weights."""
+    values = (rng.uniform(-1, 1, (inputs + 1, outputs)) / np.sqrt(inputs)).astype(np.float32)
+    return {"kernel": values[:-1], "bias": values[-1]}
+
+
+parameters = {"dense1": layer(inputs.shape[1], UNITS), "head": layer(UNITS, 10)}
+
+
+def network_loss(parameters):
+    hidden = jax.nn.relu(inputs @ parameters["dense1"]["kernel"] + parameters["dense1"]["bias"][None])
+    logits = hidden @ parameters["head"]["kernel"] + parameters["head"]["bias"][None]
+    return -(soft * jax.nn.log_softmax(logits)).sum(axis=1).mean()
+
+
+gradients = jax.tree.map(np.asarray, jax.grad(network_loss)(parameters))
+
+# %%
+from softinv_jax.whole_models import recover_model
+
+whole = recover_model(parameters, gradients, batch_size="auto", activation="relu")
+names, counts = np.unique(softinv_jax.verdict_names(whole.verdict), return_counts=True)
+print("rank:", whole.rank, " verdicts:", dict(zip(names.tolist(), counts.tolist(), strict=True)))
+
+# %%
+import matplotlib.pyplot as plt
+from scipy.spatial.distance import cdist
+
+nearest = cdist(inputs, np.nan_to_num(whole.inputs)).argmin(axis=1)
+figure, axes = plt.subplots(2, 8, figsize=(12, 3.2))
+for column in range(8):
+    for row, array in enumerate((inputs[column], whole.inputs[nearest[column]])):
+        image = np.asarray(photographs.denormalise(array.reshape(32, 32, 3)))
+        axes[row, column].imshow(np.clip(image, 0, 1))
+        axes[row, column].axis("off")
+axes[0, 0].set_title("the client's", loc="left")
+axes[1, 0].set_title("from the gradient", loc="left")
+plt.show()
+
+# %%
+# What this notebook claims.
+assert whole.rank == BATCH
+assert np.abs(whole.label[nearest] - soft).max() < 1e-5
+assert np.abs(whole.inputs[nearest] - inputs).max() < 1e-3

@@ -1,4 +1,4 @@
-"""`softinv demo`: from images to a table, four pictures and the numbers behind them."""
+"""`softinv demo`: from images to a table, five pictures and the numbers behind them."""
 
 import argparse
 import dataclasses
@@ -27,7 +27,8 @@ Play client and server on real images: a small network (LeNet), untrained and br
 one gradient each with a hard, soft or dense label; and the attack, which sees the last layer's weights and gradient
 and nothing else. It is not told the label format and, in half of the runs, not the gradient's scale. Last, one
 gradient of a batch of four images, whose labels have four formats;
-and from the gradient of the whole network, images. The truth is used for errors only."""
+from the gradient of the whole network, images; and all of 32 images from one gradient of a network of dense layers.
+The truth is used for errors only."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     start = time.perf_counter()
     # What follows loads jax, flax and matplotlib.
-    from softinv_jax.command_line import demo_batch, demo_files, demo_images, experiment  # noqa: PLC0415
+    from softinv_jax.command_line import demo_batch, demo_dense, demo_files, demo_images, experiment  # noqa: PLC0415
     from softinv_jax.report.tables import demo_tables  # noqa: PLC0415
     from softinv_jax.versions import package_versions  # noqa: PLC0415
 
@@ -100,6 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
             networks["untrained"], examples, outcomes[0].recovery, private
         )
         sentence += " " + demo_images.images_sentence(image_results)
+        report(0, 1, "inverting one gradient of 32 images")
+        larger = demo_dense.attack_dense_batch(experiment.stage_key(settings, 7), private)
+        sentence += " " + demo_dense.dense_sentence(larger.results)
         results = {
             "dataset": private.name,
             "classes": list(private.class_names),
@@ -109,11 +113,12 @@ def run(arguments: argparse.Namespace) -> None:
             "first_run_seconds": [round(outcome.first_seconds, 2) for outcome in outcomes],
             "batch": batch_results,
             "images": image_results,
+            "larger_batch": larger.results,
             "interpretation": sentence,
             "versions": package_versions(),
         }
         make_folder(folder)
-        files = demo_files.write_files(folder, examples, outcomes, batch, pictures, private, results)
+        files = demo_files.write_files(folder, examples, outcomes, batch, pictures, larger.pictures, private, results)
     if arguments.json:
         print(json.dumps(results, allow_nan=False, indent=1))
     console = person_console() if arguments.json else result_console()

@@ -1,4 +1,4 @@
-"""The demo's files: up to four pictures, results.json and results.npz."""
+"""The demo's files: up to five pictures, results.json and results.npz."""
 
 import json
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ def write_files(
     outcomes: Sequence[Outcome],
     batch: BatchOutcome | None,
     pictures: Sequence[ImageExample],
+    larger: Sequence[ImageExample],
     private: ImageDataset,
     results: dict[str, Any],
 ) -> list[Path]:
@@ -53,6 +54,8 @@ def write_files(
         figures["batch.png"] = batch_figure(batch, private)
     caption = f"Private images, and what one gradient gives away of them (untrained LeNet, {private.name})"
     figures["images.png"] = images_figure(pictures, caption)
+    caption = f"The first of 32 images behind one gradient (untrained dense layers, {private.name})"
+    figures["larger_batch.png"] = images_figure(larger, caption)
     text = (json.dumps(results, allow_nan=False, indent=1) + "\n").encode()
     paths = [folder / name for name in (*figures, "results.json", "results.npz")]
     for name, figure in figures.items():

@@ -23,7 +23,16 @@ from softinv_jax.measures.label_error import feature_error, label_error
 from softinv_jax.observation.head import Observation, observe, observe_head
 from softinv_jax.report.tables import DemoRow
 
-__all__ = ["Examples", "Outcome", "Settings", "attack_one_batch", "prepare_networks", "run_experiment", "score"]
+__all__ = [
+    "Examples",
+    "Outcome",
+    "Settings",
+    "attack_one_batch",
+    "prepare_networks",
+    "run_experiment",
+    "score",
+    "stage_key",
+]
 
 # A label whose entries are all within this of the true one is the true one for every purpose.
 RIGHT = 1e-3
@@ -111,9 +120,14 @@ def attack_one_batch(
     total = _steps(settings, len(networks))
     name, parameters = list(networks.items())[-1]
     report(total - 1, total, f"attacking a batch on the {name} network")
-    outcome = attack_batch(jax.random.fold_in(jax.random.key(settings.seed, impl=KEYS), 6), private, name, parameters)
+    outcome = attack_batch(stage_key(settings, 6), private, name, parameters)
     report(total, total, "drawing pictures")
     return outcome
+
+
+def stage_key(settings: Settings, number: int) -> jax.Array:
+    """The random key of a stage of the demo."""
+    return jax.random.fold_in(jax.random.key(settings.seed, impl=KEYS), number)
 
 
 def prepare_networks(settings: Settings, data: ImageDataset, report: Report) -> tuple[dict[str, Any], float | None]:

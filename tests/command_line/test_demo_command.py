@@ -23,10 +23,11 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
         "images.png",
         "labels.png",
         "landscape.png",
+        "larger_batch.png",
         "results.json",
         "results.npz",
     ]
-    for name in ("batch.png", "images.png", "labels.png", "landscape.png"):
+    for name in ("batch.png", "images.png", "labels.png", "landscape.png", "larger_batch.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
     hard, dense = results["rows"]
     assert (hard["network"], hard["label_format"], hard["scale_known"], hard["total"]) == ("untrained", "hard", True, 4)
@@ -45,6 +46,10 @@ def test_demo_writes_its_files_and_recovers_what_can_be_recovered(tmp_path, caps
     assert max(told) < 1e-5
     for true, recovered in zip(batch["true_labels"], batch["recovered_labels"], strict=True):
         assert recovered is None or np.allclose(true, recovered, atol=1e-5)
+    larger = results["larger_batch"]
+    assert larger["verdicts"] == ["exact"] * 32
+    assert min(larger["psnr"]) > 80
+    assert max(larger["label_errors"]) < 1e-5
     hard_image, dense_image = results["images"]
     assert (hard_image["label_format"], hard_image["verdict"]) == ("hard", "exact")
     # 8 bits are 59 dB.
