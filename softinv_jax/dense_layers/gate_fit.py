@@ -129,11 +129,25 @@ def _solve(space: LayerSpace, following: NextLayer, gates: np.ndarray) -> tuple[
     # Each of them has deltas of length one.
     moved = noise * float(np.sqrt(np.sum(1 / np.maximum(values[1:], 1e-30)) / len(weight)))
     own = float(np.hypot(rounded, moved))
-    # Of a delta as long as this one.
-    rival = float(np.sqrt(max(values[min(1, len(values) - 1)], 0.0)) * np.linalg.norm(delta))
-    second = rival / max(noise * np.sqrt(max(freedom, 1)), 1e-300)
+    second = _next_misfit(space, masked, values, vectors, noise / float(np.linalg.norm(delta) or 1.0), freedom)
     solution = GateSolution(gates, told, combination, coordinates, misfit, freedom, spread, own, deviation, second)
     return solution, inside, weight @ combination
+
+
+def _next_misfit(
+    space: LayerSpace, masked: np.ndarray, values: np.ndarray, vectors: np.ndarray, noise: float, freedom: int
+) -> float:
+    """Of the next best g, in deviations of the best; noise: of a delta of length one.
+
+    But of its own, where it is a solution by itself: an example that opens the same units and resembles this one stands
+    out of noise by little, and is noisier.
+    """
+    if len(values) == 1:
+        return np.inf
+    residual = float(np.sqrt(max(values[1], 0.0) / max(freedom, 1)))
+    coordinates = space.left.T @ (masked @ vectors[:, 1])
+    own = residual / max(float(np.linalg.norm(coordinates / space.singular_values)), noise, 1e-300)
+    return own if own < CREDIBLE_MISFIT else residual / max(noise, 1e-300)
 
 
 def _rounded(space: LayerSpace, following: NextLayer, slopes: np.ndarray, combination: np.ndarray) -> float:
@@ -158,7 +172,7 @@ def surprise(solution: GateSolution) -> float:
 def is_credible(solution: GateSolution, common: float) -> bool:
     """Whether it explains its equations to noise, no accident would, and nothing near it does; common: of the space."""
     separation = max(SEPARATION, LEAST_SEPARATION * solution.spread)
-    alone = solution.next_misfit > separation or len(solution.combination) == 1
+    alone = solution.next_misfit > separation
     limit = CREDIBLE_ROUNDING if solution.spread > FAR_ABOVE_NOISE else CREDIBLE_MISFIT * common
     return alone and solution.misfit < limit and surprise(solution) > CREDIBLE_SURPRISE
 

@@ -1,5 +1,7 @@
 """The search for gates against a naive twin, one start at a time; and that starts do not depend on each other."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -31,13 +33,20 @@ def twin(deltas, weight, outputs, gate, combination, sharpness, trust, forward, 
         vote = np.clip(2 * (delta * target / (target**2 + 1e-12 * np.mean(target**2)) - low) / (high - low) - 1, -1, 1)
         return target, vote, combination
 
+    with contextlib.suppress(np.linalg.LinAlgError):
+        return _alternate(fit, outputs, gate, combination, sharpness, trust, forward, steps)
+    # No unit is open any more: nothing is left to solve for.
+    return np.zeros(number, bool)
+
+
+def _alternate(fit, outputs, gate, combination, sharpness, trust, forward, steps):
     for step in range(steps):
         target, vote, combination = fit(gate, combination)
         confidence = np.minimum(abs(target), np.sqrt(np.mean(target**2)))
         confidence = confidence / confidence.mean()
         guess = np.zeros(outputs.shape[1])
         for place in range(gate_search.DESCENTS):
-            rest = vote - (outputs @ guess / number if place else 0)
+            rest = vote - (outputs @ guess / len(vote) if place else 0)
             guess = guess + outputs.T @ (confidence * rest)
         value = outputs @ guess
         field = forward * value / np.sqrt(np.mean(value**2)) + trust * vote
