@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
+from softinv_jax.batches.class_counts import ClassCounts
 from softinv_jax.command_line.console import InputError, input_errors, progress_report
 from softinv_jax.command_line.update_files import observe_heads, read_updates
+from softinv_jax.observation.head import Observation
+from softinv_jax.observation.updates import ObservedUpdate
 from softinv_jax.recoveries import BatchSize, as_approximate, recover_many
 from softinv_jax.report.audit_report import UpdateRow, render_updates_report
 from softinv_jax.report.summary import assumption_notes, batch_summary, describe_format, recovery_summary
+from softinv_jax.whole_models import find_dense_end, recover_update
 
 __all__ = ["report_updates"]
 
@@ -54,15 +58,7 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             options["approximate"] = arguments.local_steps > 1
             summary = recovery_summary(recover_many(observation, thorough=True, unknown_scale=not known, **options))
         else:
-            classes, features = observation.weight.shape
-            if size != "auto" and size >= min(classes, features + 1):
-                raise InputError(
-                    f"--batch-size {size}: with {classes} classes nothing tells so many examples apart; softinv recover"
-                    " gives their mean label and counts of classes"
-                )
-            batches = recover_many(observation, batch_size=size, unknown_scale=not known, **options)
-            whole = [one for one in batches if isinstance(one, BatchRecovery)]
-            summary = batch_summary([as_approximate(one) if arguments.local_steps > 1 else one for one in whole])
+            summary = batch_summary(_recover_batches(updates, observation, size, arguments.head, options))
     names = [Path(path).name for path in arguments.updated]
     rows = _single_rows(names, summary) if size == 1 else _batch_rows(names, summary)
     statement = updates[0].statement
@@ -87,6 +83,28 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     page = render_updates_report(arguments.title or TITLE, findings, rows, assumptions, settings, versions)
     results = {"findings": findings, "settings": settings, "assumptions": dict(assumptions), "versions": versions}
     return results | summary, page
+
+
+def _recover_batches(
+    updates: list[ObservedUpdate], observation: Observation, size: BatchSize, head: str | None, options: dict[str, Any]
+) -> list[BatchRecovery]:
+    """The batch behind each update: by the dense layers that the model ends in, or by its head where that is all."""
+    first = updates[0]
+    found: list[Any] = []
+    if len(find_dense_end(first.parameters, head=head)) > 1:
+        for number, update in enumerate(updates):
+            options["progress"](number, len(updates))
+            found.append(recover_update(update, batch_size=size, head=head))
+    else:
+        together: list[Any] = recover_many(observation, batch_size=size, unknown_scale=not first.scale_known, **options)
+        found = [one if first.exact or isinstance(one, ClassCounts) else as_approximate(one) for one in together]
+    batches = [one for one in found if isinstance(one, BatchRecovery)]
+    if len(batches) < len(found):
+        raise InputError(
+            f"--batch-size {size}: with {observation.weight.shape[-2]} classes nothing tells so many examples apart;"
+            " softinv recover gives their mean label and counts of classes"
+        )
+    return batches
 
 
 def _check(arguments: argparse.Namespace) -> None:

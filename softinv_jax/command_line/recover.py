@@ -49,8 +49,9 @@ RECOVERY.npz holds, with NaN where nothing is recovered,
 
 With --batch-size B each gradient is the mean (or --reduction sum) over B examples, and the axis of length 1 has length
 B: labels (N, B, C), features (N, B, d), verdict, residual, misfit and surprise (N, B), singled_out (N, B, 2), factor
-(N, B), rank and joint_misfit (N,). For as many examples as classes or more nothing tells them apart: mean_labels,
-interval (N, C, 2) and count (N, C) of hard labels, -1 where it cannot be known.
+(N, B), rank and joint_misfit (N,). As many examples as classes or more are told apart by dense layers before the head
+(--parameters and --updated), never by a head alone. Where there are none: mean_labels, interval (N, C, 2) and count
+(N, C) of hard labels, -1 where it cannot be known.
 
 A file larger than a quarter of the memory, or any with --chunk, is read and recovered in parts, kept in
 RECOVERY.npz.parts until all are done: the same command takes up a run that was stopped."""
