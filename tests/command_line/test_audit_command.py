@@ -80,6 +80,36 @@ def test_what_real_updates_give_away(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert expected in page
 
 
+def test_updates_of_more_examples_than_classes_are_told_apart_by_dense_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    sizes = (48, 100, 5)
+    names = ("fc1", "fc2")
+    before = {}
+    for name, inputs, outputs in zip(names, sizes[:-1], sizes[1:], strict=True):
+        before[f"{name}.weight"] = rng.uniform(-1, 1, (outputs, inputs)).astype(np.float32) / np.float32(inputs**0.5)
+        before[f"{name}.bias"] = rng.uniform(-0.1, 0.1, outputs).astype(np.float32)
+    inputs, labels = rng.normal(size=(12, 48)).astype(np.float32), np.eye(5)[rng.integers(0, 5, 12)]
+    outputs = inputs @ before["fc1.weight"].T + before["fc1.bias"]
+    hidden = np.maximum(outputs, 0)
+    logits = hidden @ before["fc2.weight"].T + before["fc2.bias"]
+    head = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) - labels) / 12
+    first = (head @ before["fc2.weight"]) * (outputs > 0)
+    gradients = {"fc1.weight": first.T @ inputs, "fc2.weight": head.T @ hidden}
+    gradients |= {"fc1.bias": first.sum(axis=0), "fc2.bias": head.sum(axis=0)}
+    np.savez(tmp_path / "before.npz", **before)
+    # Large steps, so that the rounding of the parameters is small beside them.
+    after = {name: (array - 5 * gradients[name]).astype(np.float32) for name, array in before.items()}
+    np.savez(tmp_path / "after.npz", **after)
+    files = ["--parameters", str(tmp_path / "before.npz"), "--updated", str(tmp_path / "after.npz")]
+    options = [*files, "--learning-rate", "5", "--batch-size", "12", "--out", str(tmp_path / "report"), "--json"]
+    assert main(["audit", *options]) == 0
+    examples = json.loads(capsys.readouterr().out)["batches"][0]["examples"]
+    found = [example["classes"] for example in examples if example["verdict"] in ("unique", "conditional")]
+    assert sorted(found) == sorted([label] for label in labels.argmax(axis=1).tolist())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
