@@ -99,7 +99,8 @@ def assemble(
     errors = np.array([one.delta_deviation for one in solutions]) * np.abs(scale)
     carried = np.linalg.norm(mixing, axis=1)[:, None] / np.abs(scale)[:, None] * errors[None, :]
     next_delta = scale[:, None] * combination @ following.basis.T
-    next_deviation = np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
+    # What rows have in common, as of an example that leaves next to nothing, moves g more than independent noise does.
+    next_deviation = space.common * np.abs(scale)[:, None] * np.sqrt(spread**2 @ following.basis.T**2)
     if following.own is not None:
         outside = np.linalg.norm(combination / following.own.singular_values, axis=1)
         next_deviation = np.hypot(next_deviation, np.outer(np.abs(scale) * outside, following.own.noise))
