@@ -1,5 +1,4 @@
-"""`recover_model` and `recover_update`: what gradients of a whole model give away, by its head or its other dense
-layers.
+"""`recover_model` and `recover_update`: what gradients of a whole model give away, by its head or the layers before it.
 
 The head tells fewer examples apart than there are classes. Where there are more, the dense layers before it do, if the
 model ends in several; which they are is read off the parameters' shapes.

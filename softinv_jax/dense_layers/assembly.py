@@ -34,9 +34,8 @@ class Assembled:
       next_delta: (k, outputs) the loss's derivative by the next layer's output. next_deviation: likewise.
       misfit, surprise: (k,) see `gate_fit`.
       opened, closed: (k,) how many units the input, run forward, surely opens that its delta says are closed, and the
-        other
-        way round: 0 for what is really there. Where a client drops units, many of the first kind and none of the
-          second.
+        other way round: 0 for what is really there. Where a client drops units, many of the first kind and none of the
+        second.
       scaled: whether each input's length is known; if not, `inputs` and `next_delta` are a factor and its inverse off.
       complete: whether these are all the examples that the rank shows.
     """

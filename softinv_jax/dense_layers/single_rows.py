@@ -1,5 +1,4 @@
-"""Rows of the gradient in which one example alone is active: its input, divided by the bias gradient, and its
-certificate.
+"""Rows of the gradient in which one example alone is active: its input, and a certificate for it.
 
 Row j of the gradient is sum_b delta_bj h_b. Where one example alone has the unit open, it is a multiple of its input,
 and the bias gradient that multiple. Run forward, the input says which units are open, and `gate_fit` whether any g
@@ -80,8 +79,7 @@ def _row_inputs(space: LayerSpace, core: np.ndarray) -> Iterator[tuple[int, np.n
     """Units, and what their rows would be if each were one example's: its input's coordinates (B,).
 
     With a bias scaled by the constant 1; without, of the sign that opens the unit and of the row's own length. Rows
-    with
-    little in them come first: there few examples are. core: (B, B) S, or what is left of it.
+    with little in them come first: there few examples are. core: (B, B) S, or what is left of it.
     """
     rows = space.left @ core
     size = np.linalg.norm(rows, axis=1)

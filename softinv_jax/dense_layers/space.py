@@ -1,11 +1,10 @@
 """The gradient of one dense layer as a sum of outer products: rank, noise, and the two spaces.
 
 For B examples G = (1/D) sum_b delta_b h_b^T, transposed to (outputs, inputs): delta_b is the loss's derivative by the
-layer's output, h_b its input, with the constant 1 as one input more where there is a bias. Rounding errs in
-proportion to
-what is rounded: with R and K the deviations of rows and columns, R^-1 G K^-1 = U S V^T has rank B up to noise of
-deviation 1 (as in `batches.subspace`). Then delta_b = R U beta_b and h_b = K V a_b, and the two sets of coordinates
-are dual: beta_c^T S^-1 a_b = D if b = c, else 0.
+layer's output, h_b its input, with the constant 1 as one input more where there is a bias. Rounding errs in proportion
+to what is rounded: with R and K the deviations of rows and columns, R^-1 G K^-1 = U S V^T has rank B up to noise of
+deviation 1 (as in `batches.subspace`). Then delta_b = R U beta_b and h_b = K V a_b, and the two sets of coordinates are
+dual: beta_c^T S^-1 a_b = D if b = c, else 0.
 """
 
 from dataclasses import dataclass
@@ -139,8 +138,7 @@ def _rounding(matrix: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarr
 
 
 def _decompose(matrix: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """The leading S and V^T: all of them where the matrix is small, else by a sketch that grows until S is below
-    `floor`.
+    """The leading S and V^T: all where the matrix is small, else by a sketch that grows until S is below `floor`.
 
     Halko, Martinsson and Tropp (2011), with one power iteration. Where S stops falling, what is left is noise as well.
     """
