@@ -143,7 +143,7 @@ def _search(
     if ACTIVATIONS[layers.activations[index]].slopes is None:
         smooth = search_smooth(layers, index, space, space.rank, seed, progress)
         return chosen, assemble_smooth(layers, index, space, smooth, divisor)
-    # Where it is flat above as well, open units lie between two planes.
+    # Hard tanh's open units lie between two planes; relu6's all but always on one side of one, as ReLU's.
     half_space = layers.activations[index] != "hard_tanh"
     search = partial(search_all_gates, space, following, progress=progress, half_space=half_space, seed=seed)
     known = peel(layers, index, space, following)
