@@ -334,7 +334,7 @@ def main() -> None:
     clients = Clients(arguments)
     options = {name: getattr(arguments, name) for name in ("dataset", "batches", "peers", "peer_batches")}
     finished = FinishedRows(
-        arguments.out / "dense_layers_rows.json",
+        arguments.out / "dense_layers.rows.json",
         options | {"quick": arguments.quick, "peer_seconds": arguments.peer_seconds},
         fresh=arguments.fresh,
     )
