@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 sys.path.insert(0, str(FOLDER))
 build = importlib.import_module("build")
 NAMES = [source.stem for source in build.SOURCES]
-PICTURES = {"quickstart": 1, "images": 1, "defences": 1, "throughput": 1}  # In FAST mode.
+PICTURES = {"quickstart": 1, "images": 1, "defences": 1, "throughput": 1, "batches": 1}  # In FAST mode.
 
 
 @pytest.mark.parametrize("name", NAMES)
