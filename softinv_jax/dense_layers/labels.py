@@ -7,6 +7,7 @@ single example.
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
@@ -287,7 +288,7 @@ def _observation(
         bias = np.zeros(layers.number_of_classes)
     # Errors like those of one rounding are what a gradient of this dtype is taken to have in any case.
     ordinary = np.all(
-        deviation <= ORDINARY * float(np.finfo(layers.dtype).eps) * np.max(np.abs(gradient), axis=1)[:, None]
+        deviation <= ORDINARY * float(jnp.finfo(layers.dtype).eps) * np.max(np.abs(gradient), axis=1)[:, None]
     )
     noise = None if ordinary else (deviation * np.sqrt(np.mean(turned**2, axis=1, keepdims=True))).astype(kind)
     return Observation(  # NumPy until it is moved to the device
@@ -324,7 +325,7 @@ def _prediction(
     factor: (k,) what the inputs must be multiplied by.
     """
     generator = np.random.default_rng(0)
-    roundoff = float(np.finfo(layers.dtype).eps) / 2
+    roundoff = float(jnp.finfo(layers.dtype).eps) / 2
     inputs = assembled.inputs * factor[:, None]
     logits = layers.before(index, inputs)[-1]
     exact = np.asarray(softmax(logits, axis=1))
@@ -342,19 +343,25 @@ def _prediction(
     others = np.sum(exact**2, axis=1, keepdims=True) - exact**2
     moved = exact * np.sqrt(square[:, None] * ((1 - exact) ** 2 + others))
     # The softmax is made of its rounded logarithm.
-    logarithm = -np.log(np.maximum(exact, np.finfo(layers.dtype).tiny))
+    logarithm = -np.log(np.maximum(exact, jnp.finfo(layers.dtype).tiny))
     return exact, np.hypot(moved, (ROUNDED_OPERATIONS + logarithm) * roundoff * exact)
 
 
 def _rounded_logits(layers: DenseLayers, index: int, inputs: np.ndarray) -> np.ndarray:
     """(k, C) as the gradient's own number format gives them: about what the client's arithmetic does to them."""
-    hidden = inputs.astype(layers.dtype)
+    wide = np.promote_types(layers.dtype, np.float32)
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values.astype(layers.dtype).astype(wide)
+
+    hidden = rounded(inputs)
     for place in range(index, len(layers.kernels)):
         bias = layers.biases[place]
-        hidden = hidden @ layers.kernels[place].astype(layers.dtype)
-        hidden = hidden if bias is None else hidden + bias.astype(layers.dtype)
+        # Products of half precision are summed in float32.
+        hidden = rounded(hidden @ rounded(layers.kernels[place]))
+        hidden = hidden if bias is None else rounded(hidden + rounded(bias))
         if place < len(layers.activations):
-            hidden = layers.activate(place, hidden).astype(layers.dtype)
+            hidden = rounded(layers.activate(place, hidden))
     return np.asarray(hidden, np.float64)
 
 

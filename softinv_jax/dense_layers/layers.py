@@ -21,7 +21,7 @@ class DenseLayers:
       kernels: (inputs, outputs) of each layer, from the first to the head. biases: (outputs,), or None.
       kernel_gradients, bias_gradients: their gradients, likewise.
       activations: L - 1 names of `ACTIVATIONS`, what follows each layer but the head.
-      dtype: the gradients' own.
+      dtype: what the gradients were computed in: their own, or a narrower one that holds all of their digits.
     """
 
     kernels: tuple[np.ndarray, ...]
@@ -100,7 +100,7 @@ def dense_layers(
     unknown = sorted(set(activations) - set(ACTIVATIONS))
     if unknown:
         raise ValueError(f"unknown activation {', '.join(unknown)}; choose from {', '.join(ACTIVATIONS)}")
-    dtype = np.dtype(kernel_gradients[-1].dtype)
+    dtype = _number_format([gradient for gradient in (*kernel_gradients, *bias_gradients) if gradient is not None])
     for place, (kernel, bias, gradient, bias_gradient) in enumerate(
         zip(kernels, biases, kernel_gradients, bias_gradients, strict=True)
     ):
@@ -118,6 +118,21 @@ def dense_layers(
                 raise ValueError(f"{name}: its {what} is not finite everywhere")
     double = _doubles(kernels), _doubles(biases), _doubles(kernel_gradients), _doubles(bias_gradients)
     return DenseLayers(*double, tuple(activations), dtype)  # type: ignore[arg-type]
+
+
+def _number_format(arrays: Sequence[np.ndarray]) -> np.dtype:
+    """float16 or bfloat16 where no entry has more binary digits than that, as autocast leaves in a float32 gradient."""
+    own = np.result_type(*(array.dtype for array in arrays))
+    if own.itemsize < np.dtype(np.float32).itemsize:
+        return own
+    singles = [np.asarray(array, np.float32) for array in arrays]
+    if not all(np.array_equal(single, array) for single, array in zip(singles, arrays, strict=True)):
+        return own
+    digits = np.bitwise_or.reduce([np.bitwise_or.reduce(single.view(np.uint32), axis=None) for single in singles])
+    for narrow, dropped in ((jnp.bfloat16, 16), (np.float16, 13)):
+        if not digits & np.uint32((1 << dropped) - 1):
+            return np.dtype(narrow)
+    return np.dtype(np.float32)
 
 
 def _doubles(arrays: Sequence[np.ndarray | None]) -> tuple[np.ndarray | None, ...]:

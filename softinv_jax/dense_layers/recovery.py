@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.activations import ACTIVATIONS
@@ -271,7 +272,7 @@ def _tolerated(
     noise = TOLERANCE * float(np.sqrt(np.mean(chosen.space.noise**2)))
     sizes = np.array([max(float(np.linalg.norm(gradient)), 1e-300) for gradient in layers.kernel_gradients])
     counts = np.array([gradient.size for gradient in layers.kernel_gradients])
-    tolerated = np.maximum(np.sqrt(np.finfo(layers.dtype).eps), noise * np.sqrt(counts) / sizes)
+    tolerated = np.maximum(np.sqrt(jnp.finfo(layers.dtype).eps), noise * np.sqrt(counts) / sizes)
     corner = np.zeros(len(sizes))
     for place in range(chosen.index + 1, len(layers.activations)):
         if ACTIVATIONS[layers.activations[place]].slopes is None:

@@ -9,6 +9,7 @@ dual: beta_c^T S^-1 a_b = D if b = c, else 0.
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.batches.subspace import CORRELATED, WIDEST_RANGE, rounding_rank
@@ -129,7 +130,9 @@ def _roundoff(dtype: np.dtype) -> float:
 def _rounding(matrix: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """(m,) R and (d,) K of a matrix whose entries were rounded in proportion to themselves."""
     size = np.sqrt(np.mean(matrix**2, axis=1))
-    smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float64).tiny))
+    # Autocast scales its loss up, so that float16's smallest numbers are smaller than they look.
+    least = float(np.min(np.abs(matrix), where=matrix != 0, initial=np.inf)) / 2
+    smallest = max(min(float(jnp.finfo(dtype).smallest_subnormal), least), float(np.finfo(np.float64).tiny))
     noise = np.hypot(_roundoff(dtype) / np.sqrt(3) * size, smallest)
     noise = np.maximum(noise, WIDEST_RANGE * np.max(noise))
     profile = np.sqrt(np.mean((matrix / noise[:, None]) ** 2, axis=0))

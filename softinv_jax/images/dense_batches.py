@@ -100,7 +100,7 @@ def invert_dense(
     dense = [index for index, layer in enumerate(chain) if isinstance(layer, Dense)]
     position = dense[max(recovery.layer, 0)]
     whole = int(found.sum()) == recovery.rank > 0
-    tolerated = max(float(np.sqrt(np.finfo(layers.dtype).eps)), _noise_share(layers, recovery))
+    tolerated = max(float(np.sqrt(jnp.finfo(layers.dtype).eps)), _noise_share(layers, recovery))
     unseen = DenseImages(recovery, images, deviation, np.nan, tolerated, nothing, nothing)
     if not np.any(found):
         return unseen
@@ -126,7 +126,7 @@ def invert_dense(
             jnp.asarray(recovery.logit_gradient[found] / divisor),
             image_shape,
             position,
-            float(np.finfo(layers.dtype).eps) / 2,
+            float(jnp.finfo(layers.dtype).eps) / 2,
         )
         images[found] = np.asarray(inverted.images)
         deviation[found] = np.sqrt(np.mean(np.asarray(inverted.deviation) ** 2, axis=(1, 2, 3)))
