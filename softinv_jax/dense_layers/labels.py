@@ -7,6 +7,7 @@ single example.
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
@@ -30,6 +31,8 @@ DRAWS = 4
 CONFIRMING = 4
 DISTINCT = 10.0
 MOST_REPEATED = 8
+# Of what a level's error may be: what may still be one level at a scale that is a little different.
+NEAR = 100.0
 # Of the scales of several examples, relative: one gradient has one.
 ONE_SCALE = 1e-3
 ROUNDED_OPERATIONS = 3
@@ -76,9 +79,11 @@ def find_labels(
     found = _none(feature, gradient)
     if assembled.scaled:
         found = _at_common_scale(layers, index, assembled, found, deviation, unknown_scale, missing)
-    open_ones = np.flatnonzero(found.verdict == Verdict.REFUTED)
-    if open_ones.size:
-        _search_singly(layers, index, assembled, found, open_ones, deviation, unknown_scale=unknown_scale)
+    # An example that is there several times has a factor that needs no other loss.
+    unsure = (found.verdict != Verdict.UNIQUE) & (found.refuted & int(Assumption.DISTINCT_EXAMPLES) == 0)
+    if np.any(unsure):
+        rows = np.flatnonzero(unsure)
+        _search_singly(layers, index, assembled, found, rows, deviation, unknown_scale=unknown_scale)
     return found
 
 
@@ -105,7 +110,8 @@ def _at_common_scale(
     if scale is None or (not unknown_scale and abs(scale.value - 1) < max(ONE_SCALE, TOLERANCE * scale.deviation)):
         return found
     own = np.hypot(deviation, np.abs(gradient / scale.value) * scale.deviation) / abs(scale.value)
-    other = _at_known_scale(prediction, gradient / scale.value, np.hypot(own, error), nothing)
+    relative = scale.deviation / abs(scale.value)
+    other = _at_known_scale(prediction, gradient / scale.value, np.hypot(own, error), nothing, relative)
     if not unknown_scale and _confirmed(other) <= _confirmed(found):
         return found
     other.scale[:] = scale.value
@@ -140,11 +146,12 @@ def _none(feature: np.ndarray, gradient: np.ndarray) -> LabelsFound:
 
 
 def _at_known_scale(
-    prediction: np.ndarray, gradient: np.ndarray, deviation: np.ndarray, nothing: LabelsFound
+    prediction: np.ndarray, gradient: np.ndarray, deviation: np.ndarray, nothing: LabelsFound, relative: float = 0.0
 ) -> LabelsFound:
     """y = p - g, if that is a label. Nothing is assumed of its format; where it has one, that confirms loss and scale.
 
     Were the loss or the scale another, p - c g would not be one level over classes whose p differ.
+    relative: standard deviation of the scale.
     """
     found = _none(nothing.feature, nothing.logit_gradient)
     label = prediction - gradient
@@ -154,10 +161,31 @@ def _at_known_scale(
             continue
         level = float(np.median(own))
         agreeing = np.abs(own - level) <= reach
+        near = np.abs(own - level) <= NEAR * reach
+        if _leans(own[near], gradient[row][near], prediction[row][near], error[near], relative):
+            continue
         distinct = _distinct(prediction[row][agreeing], reach[agreeing])
         found.verdict[row] = Verdict.UNIQUE if distinct >= CONFIRMING else Verdict.CONDITIONAL
         found.label[row], found.label_deviation[row] = np.clip(_levelled(own, error, agreeing), 0, 1), error
     return found
+
+
+def _leans(label: np.ndarray, gradient: np.ndarray, prediction: np.ndarray, error: np.ndarray, relative: float) -> bool:
+    """Whether what seems one level grows with g, as where an example has a factor of its own near 1. All (n,)."""
+    if len(label) < CONFIRMING:
+        return False
+    weights = 1 / np.maximum(error, 1e-300) ** 2
+    run = gradient - np.average(gradient, weights=weights)
+    square = float(np.sum(weights * run**2))
+    if square == 0:
+        return False
+    slope = float(np.sum(weights * run * label)) / square
+    rest = label - slope * run
+    if np.any(np.abs(rest - np.average(rest, weights=weights)) > TOLERANCE * error):
+        return False  # Classes of other levels are among them.
+    # Independent errors of the logits move all predictions by one factor as well.
+    shared = float(np.max(error / np.maximum(prediction, 1e-300)))
+    return abs(slope) > TOLERANCE * (square**-0.5 + shared + relative)
 
 
 def _levelled(label: np.ndarray, error: np.ndarray, agreeing: np.ndarray) -> np.ndarray:
@@ -225,11 +253,20 @@ def _search_singly(
     *,
     unknown_scale: bool,
 ) -> None:
-    """Fill in what the search for one example says of each: other losses and scales, and the length of its feature."""
+    """Fill in what the search for one example says of each: other losses and scales, and the length of its feature.
+
+    What was found before stays, unless that search refutes it.
+    """
     turned, weight = _turned(found.feature[rows], layers.kernels[-1].T)
     gradient = found.logit_gradient[rows]
     observation = _observation(layers, assembled.scaled, turned, weight, gradient, deviation[rows])
     recovery = recover_many(observation, unknown_scale=unknown_scale)
+    unbalanced = np.abs(gradient.sum(axis=1)) > TOLERANCE * np.linalg.norm(deviation[rows], axis=1)
+    chosen = np.flatnonzero((found.verdict[rows] == Verdict.REFUTED) | _contradicts(recovery, unbalanced))
+    if not chosen.size:
+        return
+    rows, turned, gradient = rows[chosen], turned[chosen], gradient[chosen]
+    recovery = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], recovery)
     factor, relative = np.ones(len(rows)), np.zeros(len(rows))
     if not assembled.scaled:
         factor = _factor(recovery, turned)
@@ -261,6 +298,15 @@ def _search_singly(
         _agree_on_scale(found, rows)
 
 
+def _contradicts(recovery: Recovery, unbalanced: np.ndarray) -> np.ndarray:
+    """(k,) whether loss or scale is another: a label has a format there, or the derivatives do not add up to 0."""
+    verdict, refuted = np.asarray(recovery.verdict), np.asarray(recovery.assumptions.refuted)
+    another = refuted & int(Assumption.LOSS | Assumption.SCALE | Assumption.LABEL_RANGE) != 0
+    claimed = verdict >= Verdict.CONDITIONAL
+    softmax = refuted & int(Assumption.SOFTMAX) == 0
+    return ((verdict == Verdict.UNIQUE) & softmax) | (claimed & another & softmax) | (~softmax & unbalanced)
+
+
 def _agree_on_scale(found: LabelsFound, rows: np.ndarray) -> None:
     """Labels whose scale is another than that of those that are sure, or than each other's, are not to be relied on."""
     claimed = rows[found.verdict[rows] >= Verdict.CONDITIONAL]
@@ -287,9 +333,7 @@ def _observation(
     if scaled and bias is None:
         bias = np.zeros(layers.number_of_classes)
     # Errors like those of one rounding are what a gradient of this dtype is taken to have in any case.
-    ordinary = np.all(
-        deviation <= ORDINARY * float(jnp.finfo(layers.dtype).eps) * np.max(np.abs(gradient), axis=1)[:, None]
-    )
+    ordinary = np.all(deviation <= ORDINARY * float(np.finfo(kind).eps) * np.max(np.abs(gradient), axis=1)[:, None])
     noise = None if ordinary else (deviation * np.sqrt(np.mean(turned**2, axis=1, keepdims=True))).astype(kind)
     return Observation(  # NumPy until it is moved to the device
         weight=weight,  # type: ignore[arg-type]

@@ -230,7 +230,7 @@ def _conclude(
         rank=rank,
         excess=chosen.excess,
         residual=residual,
-        scale=float(np.median(labels.scale)),
+        scale=float(np.nanmedian(labels.scale)) if np.any(np.isfinite(labels.scale)) else math.nan,
         loss=int(np.bincount(labels.loss).argmax()),
         refuted=refuted,
         rests_on=filled(np.where(verdict == Verdict.CONDITIONAL, labels.rests_on, 0), 0),

@@ -372,6 +372,8 @@ def _describe(layer: _Layer, equations: _Equations, points: _Point, variances: n
         noise = np.hypot(np.linalg.norm(dual), layer.roundoff * np.sqrt(np.mean(delta**2)))
         divisor = float(dual @ coordinates)
         size = math.copysign(float(np.linalg.norm(one.logit_gradient)), divisor)
+        if size == 0 or not np.any(coordinates):
+            continue  # No example: nothing goes in or out.
         misfit = float(np.sqrt(loss / freedom))
         solutions.append(
             one._replace(
