@@ -3,6 +3,7 @@
 The deltas that are found are dual to the inputs of all other examples: beta_c^T S^-1 a_b = 0. So each one that is found
 takes one dimension from the space in which the search looks for inputs, without any error of subtraction, and the last
 one is alone in it. How soft the gates are at first, and how much a delta is trusted, is drawn as it succeeded before.
+Where inputs are outputs of ReLU themselves, their zeros are a second way in (`sparse_inputs`).
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from softinv_jax.dense_layers.gate_fit import GateSolution, NextLayer, fit_gates
 from softinv_jax.dense_layers.gate_search import search_gates
 from softinv_jax.dense_layers.single_rows import SingleRow
 from softinv_jax.dense_layers.space import LayerSpace
+from softinv_jax.dense_layers.sparse_inputs import search_sparse_inputs
 
 __all__ = ["search_all_gates"]
 
@@ -29,6 +31,10 @@ BARREN_STEPS = (1000, 10_000)
 OPERATIONS = 2e12
 MOST_STEPS = 20  # Times as many, in all.
 ROUNDS_FOR_EACH = 4  # In turn without one example more, for each that is left.
+# Of sparse inputs: in a round, and in turn without one example more, as many as this number allows of d B^2.
+SPARSE_STARTS = 16
+BARREN_STARTS = 2000
+SPARSE_OPERATIONS = 5e8
 # Share of delta's square outside of the column space, of a candidate; share of gates that two of one example agree in.
 WORTH_A_FIT = 0.3
 SAME_GATES = 0.985
@@ -62,6 +68,7 @@ def search_all_gates(
     progress: Callable[[int], None],
     *,
     half_space: bool = True,
+    sparse: bool = False,
     seed: int = 0,
 ) -> list[GateSolution]:
     """Search for the examples that are not known yet.
@@ -70,6 +77,7 @@ def search_all_gates(
       known: examples with their inputs, to which the others' deltas are dual. others: examples without.
       progress: called with the number found.
       half_space: whether a unit is open where the layer's output is positive.
+      sparse: whether inputs are outputs of ReLU.
 
     Returns:
       Solutions, no two the same, at most as many as the rank leaves.
@@ -109,7 +117,33 @@ def search_all_gates(
         barren_rounds = 0 if successes else barren_rounds + 1
         level = int(np.clip(level + (len(successes) < FEW) - (len(successes) > MANY), 0, len(STEPS) - 1))
         progress(len(examples) + len(found))
+        if sparse and not successes:
+            _search_by_zeros(space, following, examples, found, wanted, generator, progress)
+            # By zeros everything was found that can be, once and for all.
+            sparse = False
     return found
+
+
+def _search_by_zeros(
+    space: LayerSpace,
+    following: NextLayer,
+    examples: list[GateSolution],
+    found: list[GateSolution],
+    wanted: int,
+    generator: np.random.Generator,
+    progress: Callable[[int], None],
+) -> None:
+    """Add to `found` what the zeros of inputs show, until that ends."""
+    features = space.right[:-1] if space.has_bias else space.right
+    patience = min(BARREN_STARTS, SPARSE_OPERATIONS / (len(features) * space.rank**2))
+    barren = 0
+    while len(found) < wanted and barren < patience:
+        basis = _left_over(space, examples + found)
+        inputs = search_sparse_inputs(features @ basis, SPARSE_STARTS, generator) @ basis.T
+        gates = inputs @ space.directions.T > 0
+        successes = _enter(space, following, gates, np.zeros(len(gates)), examples, found, wanted)
+        barren = 0 if successes else barren + SPARSE_STARTS
+        progress(len(examples) + len(found))
 
 
 def _patience(units: int, rank: int, unknowns: int) -> int:
@@ -139,12 +173,17 @@ def _orthogonal(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :])
 
 
+def _left_over(space: LayerSpace, examples: list[GateSolution]) -> np.ndarray:
+    """(B, B - k) orthonormal: of coordinates of inputs, what the deltas that are found leave to others."""
+    if not examples:
+        return np.eye(space.rank)
+    return _orthogonal(np.stack([one.coordinates / space.singular_values for one in examples], axis=1))
+
+
 def _outputs(space: LayerSpace, examples: list[GateSolution]) -> np.ndarray:
     """(m, B) orthonormal columns, or zeros: what the layer makes of inputs that can be the others', float32."""
     outputs = np.zeros(space.left.shape, np.float32)
-    basis = np.eye(space.rank)
-    if examples:
-        basis = _orthogonal(np.stack([one.coordinates / space.singular_values for one in examples], axis=1))
+    basis = _left_over(space, examples)
     directions = space.directions @ basis
     # What a gate says does not depend on its unit's size.
     directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-300)

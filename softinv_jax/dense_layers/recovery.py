@@ -146,7 +146,11 @@ def _search(
         return chosen, assemble_smooth(layers, index, space, smooth, divisor)
     # Hard tanh's open units lie between two planes; relu6's all but always on one side of one, as ReLU's.
     half_space = layers.activations[index] != "hard_tanh"
-    search = partial(search_all_gates, space, following, progress=progress, half_space=half_space, seed=seed)
+    # Its inputs are zero where the layer before is closed.
+    sparse = half_space and index > 0 and layers.activations[index - 1] == "relu"
+    search = partial(
+        search_all_gates, space, following, progress=progress, half_space=half_space, sparse=sparse, seed=seed
+    )
     known = peel(layers, index, space, following)
     progress(len(known))
     found = [row.solution for row in known]
