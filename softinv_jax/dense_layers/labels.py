@@ -79,10 +79,8 @@ def find_labels(
     found = _none(feature, gradient)
     if assembled.scaled:
         found = _at_common_scale(layers, index, assembled, found, deviation, unknown_scale, missing)
-    # An example that is there several times has a factor that needs no other loss.
-    unsure = (found.verdict != Verdict.UNIQUE) & (found.refuted & int(Assumption.DISTINCT_EXAMPLES) == 0)
-    if np.any(unsure):
-        rows = np.flatnonzero(unsure)
+    rows = np.flatnonzero(_open_to_others(found, deviation))
+    if rows.size:
         _search_singly(layers, index, assembled, found, rows, deviation, unknown_scale=unknown_scale)
     return found
 
@@ -243,6 +241,25 @@ def _distinct(values: np.ndarray, reach: np.ndarray) -> int:
     return count
 
 
+def _open_to_others(found: LabelsFound, deviation: np.ndarray) -> np.ndarray:
+    """(k,) of which labels another loss or scale may say more.
+
+    Not of those that are sure; nor of an example that is there several times, which needs no other loss; nor where most
+    classes are at one level, and confirm nothing as their predictions are all 0.
+    """
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(found.label - np.median(found.label, axis=1, keepdims=True))
+        formatted = np.mean(apart <= TOLERANCE * found.label_deviation, axis=1) > 0.5
+    formatted &= ~_unbalanced(found.logit_gradient, deviation) & (found.verdict == Verdict.CONDITIONAL)
+    several = found.refuted & int(Assumption.DISTINCT_EXAMPLES) != 0
+    return (found.verdict != Verdict.UNIQUE) & ~several & ~formatted
+
+
+def _unbalanced(gradient: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """(k,) whether the derivatives do not add up to 0, as those of a softmax do."""
+    return np.asarray(np.abs(gradient.sum(axis=1)) > TOLERANCE * np.linalg.norm(deviation, axis=1))
+
+
 def _search_singly(
     layers: DenseLayers,
     index: int,
@@ -261,7 +278,7 @@ def _search_singly(
     gradient = found.logit_gradient[rows]
     observation = _observation(layers, assembled.scaled, turned, weight, gradient, deviation[rows])
     recovery = recover_many(observation, unknown_scale=unknown_scale)
-    unbalanced = np.abs(gradient.sum(axis=1)) > TOLERANCE * np.linalg.norm(deviation[rows], axis=1)
+    unbalanced = _unbalanced(gradient, deviation[rows])
     chosen = np.flatnonzero((found.verdict[rows] == Verdict.REFUTED) | _contradicts(recovery, unbalanced))
     if not chosen.size:
         return
