@@ -102,7 +102,7 @@ def all_rows() -> list[Row]:
     for side in (64, 224):
         most, peers = (10, True) if side == 64 else (3, False)
         rows += [Row(f"{side}x{side}, 400-10", (400,), n, side=side, peers=peers, most_batches=most) for n in (8, 16)]
-    for size, most in ((8, 10), (16, 10), (20, 10), (24, 3), (32, 3)):
+    for size, most in ((8, 10), (16, 10), (24, 10), (32, 10), (40, 3)):
         rows.append(Row("tutorial, 400-120-84-10", (120, 84), size, tutorial=True, most_batches=most))
     noises = (1e-6, 1e-5, 1e-4, 1e-3)
     rows += [Row(f"1000-10, noise {noise:.0e}", (1000,), 32, noise=noise) for noise in noises]

@@ -18,7 +18,7 @@ ROUNDS = 12
 # Root mean square of many residuals that are noise; and where rounding, whose size is known but roughly, is far below
 # anything that an accident leaves.
 CREDIBLE_MISFIT = 1.5
-CREDIBLE_ROUNDING = 6.0
+CREDIBLE_ROUNDING = 12.0
 FAR_ABOVE_NOISE = 1e4
 # The next best must be so much worse than noise, and than the precision: then g is known to a fraction of itself.
 SEPARATION = 50.0
@@ -158,7 +158,7 @@ def _rounded(space: LayerSpace, following: NextLayer, slopes: np.ndarray, combin
     if following.own is None:
         return rounded
     # What noise leaves of g outside of the column space, as of delta.
-    outside = float(np.linalg.norm(combination / following.own.singular_values))
+    outside = following.own.common * float(np.linalg.norm(combination / following.own.singular_values))
     kernel = slopes[:, None] * following.kernel * following.own.noise / space.noise[:, None]
     return float(np.hypot(rounded, outside * np.linalg.norm(kernel) / np.sqrt(len(kernel))))
 

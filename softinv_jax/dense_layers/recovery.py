@@ -114,9 +114,9 @@ def recover_dense(
         total = told or chosen.space.rank
         divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
         found = _search(layers, chosen, divisor, seed, partial(_report, report, total))
-        if best is None or len(found[1].inputs) > len(best[1].inputs):
+        if best is None or _number_found(found[1]) > _number_found(best[1]):
             best = found
-        if found[1].complete:
+        if found[1].complete and not np.any(_is_wrong(found[1])):
             break
     if best is None:
         return _nothing(layers, told or 1)
@@ -130,6 +130,19 @@ def recover_dense(
     report(total, total)
     divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
     return _conclude(layers, chosen, assembled, labels, total, told, divisor)
+
+
+def _number_found(assembled: Assembled) -> tuple[int, int]:
+    """How many inputs agree with their own deltas, and how many there are."""
+    wrong = _is_wrong(assembled)
+    return int(np.count_nonzero(~wrong)), len(wrong)
+
+
+def _is_wrong(assembled: Assembled) -> np.ndarray:
+    """(k,) whether an input opens other units than its delta says, or is mostly noise, as all that follows from it."""
+    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
+    noisy = ~(assembled.input_deviation() < MOST_NOISE * size)
+    return np.asarray((assembled.closed > 0) | (assembled.opened > 0) | noisy)
 
 
 def _report(progress: Callable[[int, int], None], total: int, found: int) -> None:
@@ -194,11 +207,8 @@ def _conclude(
     strange = assembled.complete and bool(np.any(residual[index + 1 :] > tolerated[index + 1 :]))
     if told is None and divisor != 1 and np.all(labels.scale == 1):
         verdict = np.where(verdict == Verdict.CONDITIONAL, np.int32(Verdict.AMBIGUOUS), verdict)
-    # Inputs that open other units than their deltas say are none; but a client may drop units at random.
-    wrong = (assembled.closed > 0) | (assembled.opened > 0)
-    # Nor are those that are mostly noise: what is derived from them would be as well.
-    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
-    wrong |= ~(assembled.input_deviation() < MOST_NOISE * size)
+    # But a client may drop units at random.
+    wrong = _is_wrong(assembled)
     dropped = not np.any(assembled.closed) and bool(np.median(assembled.opened) > FEWEST_DROPPED * deltas[0].shape[1])
     if strange or dropped:
         refuted |= int(Assumption.PARAMETERS)
@@ -208,6 +218,7 @@ def _conclude(
     verdict[wrong] = Verdict.NOT_FOUND
     for array in (inputs, labels.label, labels.label_deviation, labels.feature, labels.logit_gradient, deltas[0]):
         array[wrong] = np.nan
+    size = np.sqrt(np.mean(assembled.inputs**2, axis=1))
     deviation = np.hypot(assembled.input_deviation() * labels.factor, size * labels.factor_deviation)
     order = np.lexsort((-assembled.surprise, wrong))
     rows = max(total, len(order))
