@@ -24,6 +24,8 @@ FAILURES = 64
 SAME_ROW = 1 - 1e-9
 # Of two rows, how far from multiples of each other, in deviations.
 CONFIRMED = 3.0
+# Share of a delta outside of the column space that a few wrong gates can make.
+MENDABLE = 0.2
 # A row that is nothing but what others leave of rounding, in deviations of its entries.
 LEAST_ROW = 30.0
 
@@ -115,6 +117,8 @@ def _certify(
         return None
     solution = fit_gates(space, following, gates, rounds=1)
     if not is_credible(solution, space.common):
+        if not solution.misfit < MENDABLE * solution.spread:
+            return None
         # A gate or two are wrong where the row itself is rounded much.
         solution = fit_gates(space, following, gates)
         if not is_credible(solution, space.common) or np.count_nonzero(solution.gates != gates) > len(gates) / 50:
