@@ -141,7 +141,8 @@ def _search_by_zeros(
         basis = _left_over(space, examples + found)
         inputs = search_sparse_inputs(features @ basis, SPARSE_STARTS, generator) @ basis.T
         gates = inputs @ space.directions.T > 0
-        successes = _enter(space, following, gates, np.zeros(len(gates)), examples, found, wanted)
+        # Another example may differ from one that is found in a single unit.
+        successes = _enter(space, following, gates, np.zeros(len(gates)), examples, found, wanted, same=1 - 1e-9)
         barren = 0 if successes else barren + SPARSE_STARTS
         progress(len(examples) + len(found))
 
@@ -199,14 +200,18 @@ def _enter(
     examples: list[GateSolution],
     found: list[GateSolution],
     wanted: int,
+    same: float = SAME_GATES,
 ) -> list[int]:
-    """Fit the candidates, those first that agree best, and add what is new to `found`; returns their lanes."""
+    """Fit the candidates, those first that agree best, and add what is new to `found`; returns their lanes.
+
+    same: share of gates from which on a candidate is taken for one that is held.
+    """
     held = [one.gates for one in examples + found]
     successes = []
     for lane in np.argsort(misfit):
         if len(found) >= wanted or not misfit[lane] < WORTH_A_FIT:
             break
-        if held and np.max(np.mean(np.stack(held) == gates[lane], axis=1)) > SAME_GATES:
+        if held and np.max(np.mean(np.stack(held) == gates[lane], axis=1)) > same:
             continue
         solution = fit_gates(space, following, gates[lane])
         if not is_credible(solution, space.common) or is_among(solution, examples + found):
