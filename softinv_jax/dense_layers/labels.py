@@ -8,13 +8,12 @@ single example.
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy.special import softmax
 
 from softinv_jax.dense_layers.assembly import Assembled
 from softinv_jax.dense_layers.common_scale import common_scale
 from softinv_jax.dense_layers.layers import DenseLayers
+from softinv_jax.dense_layers.predictions import logit_gradients, predictions
 from softinv_jax.labels.assumptions import Assumption, Loss
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Recovery, Verdict
@@ -26,7 +25,6 @@ __all__ = ["LabelsFound", "find_labels"]
 # More features than this many times the examples are turned into as many as there are examples.
 WIDE = 4
 FEWEST_FEATURES = 16
-DRAWS = 4
 # Predictions of classes at one level of the label that differ; of two the scale could be made to fit, and a level.
 CONFIRMING = 4
 DISTINCT = 10.0
@@ -35,7 +33,6 @@ MOST_REPEATED = 8
 NEAR = 100.0
 # Of the scales of several examples, relative: one gradient has one.
 ONE_SCALE = 1e-3
-ROUNDED_OPERATIONS = 3
 UNKNOWN_LENGTH = 1.0
 ORDINARY = 15.0
 
@@ -75,7 +72,7 @@ def find_labels(
     """
     before = layers.before(index, assembled.inputs)
     feature = layers.activate(len(layers.kernels) - 2, before[-2])
-    gradient, deviation = _logit_gradient(layers, index, before, assembled)
+    gradient, deviation = logit_gradients(layers, index, before, assembled)
     found = _none(feature, gradient)
     if assembled.scaled:
         found = _at_common_scale(layers, index, assembled, found, deviation, unknown_scale, missing)
@@ -96,7 +93,7 @@ def _at_common_scale(
 ) -> LabelsFound:
     """Where the inputs' scale is known, and so the predictions: at the gradient's scale, told or found."""
     gradient = nothing.logit_gradient
-    prediction, error = _prediction(layers, index, assembled, np.ones(len(gradient)))
+    prediction, error = predictions(layers, index, assembled, np.ones(len(gradient)))
     found, told = nothing, not unknown_scale and missing is not None
     if not unknown_scale:
         found = _at_known_scale(prediction, gradient, np.hypot(deviation, error), nothing)
@@ -107,8 +104,8 @@ def _at_common_scale(
     scale = common_scale(prediction, gradient, error, deviation)
     if scale is None or (not unknown_scale and abs(scale.value - 1) < max(ONE_SCALE, TOLERANCE * scale.deviation)):
         return found
-    own = np.hypot(deviation, np.abs(gradient / scale.value) * scale.deviation) / abs(scale.value)
     relative = scale.deviation / abs(scale.value)
+    own = np.hypot(deviation / abs(scale.value), np.abs(gradient / scale.value) * relative)
     other = _at_known_scale(prediction, gradient / scale.value, np.hypot(own, error), nothing, relative)
     if not unknown_scale and _confirmed(other) <= _confirmed(found):
         return found
@@ -157,9 +154,8 @@ def _at_known_scale(
         reach = TOLERANCE * error
         if np.any(own < -reach) or np.any(own > 1 + reach):
             continue
-        level = float(np.median(own))
-        agreeing = np.abs(own - level) <= reach
-        near = np.abs(own - level) <= NEAR * reach
+        apart = np.abs(own - np.median(own))
+        agreeing, near = apart <= reach, apart <= NEAR * reach
         if _leans(own[near], gradient[row][near], prediction[row][near], error[near], relative):
             continue
         distinct = _distinct(prediction[row][agreeing], reach[agreeing])
@@ -299,7 +295,7 @@ def _search_singly(
         relative = np.where(known, relative, half)
     whole = np.ones(len(found.factor))
     whole[rows] = factor
-    _, error = _prediction(layers, index, assembled, whole)
+    _, error = predictions(layers, index, assembled, whole)
     own = np.hypot(deviation[rows] / factor[:, None], error[rows])
     found.label[rows] = np.asarray(recovery.label, np.float64)
     found.label_deviation[rows] = np.hypot(np.asarray(recovery.evidence.label_deviation, np.float64), own)
@@ -319,9 +315,8 @@ def _contradicts(recovery: Recovery, unbalanced: np.ndarray) -> np.ndarray:
     """(k,) whether loss or scale is another: a label has a format there, or the derivatives do not add up to 0."""
     verdict, refuted = np.asarray(recovery.verdict), np.asarray(recovery.assumptions.refuted)
     another = refuted & int(Assumption.LOSS | Assumption.SCALE | Assumption.LABEL_RANGE) != 0
-    claimed = verdict >= Verdict.CONDITIONAL
-    softmax = refuted & int(Assumption.SOFTMAX) == 0
-    return ((verdict == Verdict.UNIQUE) & softmax) | (claimed & another & softmax) | (~softmax & unbalanced)
+    formatted = (verdict == Verdict.UNIQUE) | ((verdict >= Verdict.CONDITIONAL) & another)
+    return np.where(refuted & int(Assumption.SOFTMAX) != 0, unbalanced, formatted)
 
 
 def _agree_on_scale(found: LabelsFound, rows: np.ndarray) -> None:
@@ -359,71 +354,6 @@ def _observation(
         bias_gradient=None if bias is None else gradient.astype(kind),  # type: ignore[arg-type]
         noise=noise,
     )
-
-
-def _logit_gradient(
-    layers: DenseLayers, index: int, before: list[np.ndarray], assembled: Assembled
-) -> tuple[np.ndarray, np.ndarray]:
-    """(k, C) g and its deviation: the next layer's delta, or what makes it, by least squares."""
-    if index == len(layers.kernels) - 2:
-        return assembled.next_delta, assembled.next_deviation
-    found, deviation = [], []
-    unit = np.eye(layers.number_of_classes)
-    for row in range(len(assembled.inputs)):
-        own = [np.repeat(values[row : row + 1], len(unit), axis=0) for values in before]
-        backward = layers.backward(index, own, unit)[1].T
-        inverse = np.linalg.pinv(backward)
-        found.append(inverse @ assembled.next_delta[row])
-        deviation.append(np.sqrt(inverse**2 @ assembled.next_deviation[row] ** 2))
-    return np.array(found), np.array(deviation)
-
-
-def _prediction(
-    layers: DenseLayers, index: int, assembled: Assembled, factor: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(k, C) the softmax, and its standard deviation from the errors of the inputs and the client's own rounding.
-
-    factor: (k,) what the inputs must be multiplied by.
-    """
-    generator = np.random.default_rng(0)
-    roundoff = float(jnp.finfo(layers.dtype).eps) / 2
-    inputs = assembled.inputs * factor[:, None]
-    logits = layers.before(index, inputs)[-1]
-    exact = np.asarray(softmax(logits, axis=1))
-    # All logits of an example err about as much: together they show the size that a few draws of one would not.
-    square = np.mean((_rounded_logits(layers, index, inputs) - logits) ** 2, axis=1)
-    for _ in range(DRAWS):
-        hidden = inputs + assembled.draw_errors(generator) * factor[:, None]
-        for place in range(index, len(layers.kernels)):
-            lengths = np.linalg.norm(hidden, axis=1, keepdims=True) * np.linalg.norm(layers.kernels[place], axis=0)
-            values = layers.output(place, hidden)
-            # Of a sum of products, every one and every partial sum is rounded.
-            values = values + roundoff * (lengths + np.abs(values)) * generator.standard_normal(values.shape)
-            hidden = layers.activate(place, values) if place < len(layers.activations) else values
-        square += np.mean((hidden - logits) ** 2, axis=1) / DRAWS
-    others = np.sum(exact**2, axis=1, keepdims=True) - exact**2
-    moved = exact * np.sqrt(square[:, None] * ((1 - exact) ** 2 + others))
-    # The softmax is made of its rounded logarithm.
-    logarithm = -np.log(np.maximum(exact, jnp.finfo(layers.dtype).tiny))
-    return exact, np.hypot(moved, (ROUNDED_OPERATIONS + logarithm) * roundoff * exact)
-
-
-def _rounded_logits(layers: DenseLayers, index: int, inputs: np.ndarray) -> np.ndarray:
-    """(k, C) as the gradient's own number format gives them: about what the client's arithmetic does to them."""
-    wide = np.promote_types(layers.dtype, np.float32)
-
-    def rounded(values: np.ndarray) -> np.ndarray:
-        return values.astype(layers.dtype).astype(wide)
-
-    hidden = rounded(inputs)
-    for place in range(index, len(layers.kernels)):
-        bias = layers.biases[place]
-        # Products of half precision are summed in float32.
-        hidden = rounded(hidden @ rounded(layers.kernels[place]))
-        hidden = hidden if bias is None else rounded(hidden + rounded(bias))
-        if place < len(layers.activations):
-            hidden = rounded(layers.activate(place, hidden))
-    return np.asarray(hidden, np.float64)
 
 
 def _turned(feature: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import softmax
 
 from softinv_jax.activations import ACTIVATIONS, open_gates
+from softinv_jax.observation.rank_one import significant_rounding, unit_roundoff
 
 __all__ = ["DenseLayers", "dense_layers"]
 
@@ -125,14 +126,10 @@ def _number_format(arrays: Sequence[np.ndarray]) -> np.dtype:
     own = np.result_type(*(array.dtype for array in arrays))
     if own.itemsize < np.dtype(np.float32).itemsize:
         return own
-    singles = [np.asarray(array, np.float32) for array in arrays]
-    if not all(np.array_equal(single, array) for single, array in zip(singles, arrays, strict=True)):
-        return own
-    digits = np.bitwise_or.reduce([np.bitwise_or.reduce(single.view(np.uint32), axis=None) for single in singles])
-    for narrow, dropped in ((jnp.bfloat16, 16), (np.float16, 13)):
-        if not digits & np.uint32((1 << dropped) - 1):
-            return np.dtype(narrow)
-    return np.dtype(np.float32)
+    with jax.enable_x64(True):
+        rounding = float(significant_rounding(jnp.asarray(np.concatenate([np.ravel(array) for array in arrays]))))
+    formats = (jnp.bfloat16, np.float16, np.float32, np.float64)
+    return next(np.dtype(one) for one in formats if unit_roundoff(jnp.dtype(one)) == rounding)
 
 
 def _doubles(arrays: Sequence[np.ndarray | None]) -> tuple[np.ndarray | None, ...]:

@@ -109,18 +109,21 @@ def recover_dense(
         raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
     told = None if batch_size == "auto" else batch_size
     report = progress or (lambda found, total: None)
-    best: tuple[ChosenLayer, Assembled] | None = None
+    best: tuple[tuple[int, int], ChosenLayer, Assembled] | None = None
     for chosen in choose_layers(layers, told):
         total = told or chosen.space.rank
         divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
-        found = _search(layers, chosen, divisor, seed, partial(_report, report, total))
-        if best is None or _number_found(found[1]) > _number_found(best[1]):
-            best = found
-        if found[1].complete and not np.any(_is_wrong(found[1])):
+        seen, assembled = _search(layers, chosen, divisor, seed, partial(_report, report, total))
+        wrong = _is_wrong(assembled)
+        # How many inputs agree with their own deltas, and how many there are.
+        score = int(np.count_nonzero(~wrong)), len(wrong)
+        if best is None or score > best[0]:
+            best = score, seen, assembled
+        if assembled.complete and not np.any(wrong):
             break
     if best is None:
         return _nothing(layers, told or 1)
-    chosen, assembled = best
+    _, chosen, assembled = best
     total = told or chosen.space.rank
     if not len(assembled.inputs):
         return _nothing(layers, total, chosen)
@@ -130,12 +133,6 @@ def recover_dense(
     report(total, total)
     divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
     return _conclude(layers, chosen, assembled, labels, total, told, divisor)
-
-
-def _number_found(assembled: Assembled) -> tuple[int, int]:
-    """How many inputs agree with their own deltas, and how many there are."""
-    wrong = _is_wrong(assembled)
-    return int(np.count_nonzero(~wrong)), len(wrong)
 
 
 def _is_wrong(assembled: Assembled) -> np.ndarray:
@@ -207,8 +204,8 @@ def _conclude(
     strange = assembled.complete and bool(np.any(residual[index + 1 :] > tolerated[index + 1 :]))
     if told is None and divisor != 1 and np.all(labels.scale == 1):
         verdict = np.where(verdict == Verdict.CONDITIONAL, np.int32(Verdict.AMBIGUOUS), verdict)
-    # But a client may drop units at random.
     wrong = _is_wrong(assembled)
+    # An input that opens more units than its delta has is no error where the client drops units at random.
     dropped = not np.any(assembled.closed) and bool(np.median(assembled.opened) > FEWEST_DROPPED * deltas[0].shape[1])
     if strange or dropped:
         refuted |= int(Assumption.PARAMETERS)

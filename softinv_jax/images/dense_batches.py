@@ -15,6 +15,7 @@ from softinv_jax.dense_layers.recovery import DenseRecovery, recover_dense
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_from
 from softinv_jax.images.layer_chain import Activation, Chain, Dense, Flatten, layer_parameters
 from softinv_jax.labels.scalar_equation import TOLERANCE
+from softinv_jax.observation.rank_one import unit_roundoff
 
 __all__ = ["DenseImages", "dense_end", "invert_dense"]
 
@@ -126,7 +127,7 @@ def invert_dense(
             jnp.asarray(recovery.logit_gradient[found] / divisor),
             image_shape,
             position,
-            float(jnp.finfo(layers.dtype).eps) / 2,
+            unit_roundoff(layers.dtype),
         )
         images[found] = np.asarray(inverted.images)
         deviation[found] = np.sqrt(np.mean(np.asarray(inverted.deviation) ** 2, axis=(1, 2, 3)))

@@ -5,6 +5,7 @@ import pytest
 
 from softinv_jax import Verdict
 from softinv_jax.dense_layers.sparse_inputs import search_sparse_inputs
+from softinv_jax.frameworks.parameter_files import nested
 from softinv_jax.whole_models import recover_model
 
 
@@ -56,12 +57,8 @@ def test_all_labels_behind_a_convolutional_network_with_ten_classes() -> None:
     size = 24
     classes = torch.arange(size) % 10
     torch.nn.functional.cross_entropy(model(torch.randn(size, 3, 32, 32)), classes).backward()
-    parameters: dict[str, dict[str, np.ndarray]] = {}
-    gradients: dict[str, dict[str, np.ndarray]] = {}
-    for name, parameter in model.named_parameters():
-        layer, kind = name.split(".")
-        parameters.setdefault(layer, {})[kind] = parameter.detach().numpy()
-        gradients.setdefault(layer, {})[kind] = parameter.grad.numpy()
+    parameters = nested({name: one.detach().numpy() for name, one in model.named_parameters()}, ".")
+    gradients = nested({name: one.grad.numpy() for name, one in model.named_parameters()}, ".")
     found = recover_model(parameters, gradients, batch_size=size, activation="relu")
     assert np.all(found.verdict == Verdict.UNIQUE)
     assert np.array_equal(np.sort(found.label.argmax(axis=1)), np.sort(classes.numpy()))

@@ -7,6 +7,7 @@ import pytest
 
 from softinv_jax import Verdict
 from softinv_jax.dense_layers.recovery import DenseRecovery
+from softinv_jax.frameworks.parameter_files import nested
 from softinv_jax.whole_models import find_dense_end, recover_model
 
 torch = pytest.importorskip("torch")
@@ -30,12 +31,8 @@ def _client(widths, size, seed, activation="ReLU", bias=True, reduction="mean", 
     elif labels == "dense":
         targets = torch.rand(size, CLASSES).softmax(dim=1)
     torch.nn.functional.cross_entropy(model(inputs), targets, reduction=reduction).backward()
-    parameters: dict[str, dict[str, np.ndarray]] = {}
-    gradients: dict[str, dict[str, np.ndarray]] = {}
-    for name, parameter in model.named_parameters():
-        layer, kind = name.split(".")
-        parameters.setdefault(layer, {})[kind] = parameter.detach().numpy()
-        gradients.setdefault(layer, {})[kind] = parameter.grad.numpy()
+    parameters = nested({name: one.detach().numpy() for name, one in model.named_parameters()}, ".")
+    gradients = nested({name: one.grad.numpy() for name, one in model.named_parameters()}, ".")
     return parameters, gradients, inputs.numpy(), targets.numpy()
 
 
