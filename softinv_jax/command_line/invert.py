@@ -43,6 +43,9 @@ fcn4's, tell the examples of a batch apart whatever the number of classes: --bat
 In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each
 client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
+Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet and fcn4: the client is
+run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
+
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
           images, usually exact to well below a gray level; says so where it is not
 matching  makes the gradient of a dummy image resemble the one observed: any network, slow, approximate
@@ -226,7 +229,17 @@ def _recover(
         counts = count_equations(
             model.chain, parameters, shape, 1 if arguments.batch_size == "auto" else arguments.batch_size
         )
-        if arguments.method == "exact" or all(count.determined for count in counts):
+        determined = all(count.determined for count in counts)
+        if updates is not None and determined and _runs_client(arguments):
+            from softinv_jax.local_training.recovery import invert_updates  # noqa: PLC0415
+
+            return "client", invert_updates(
+                model.chain,
+                updates,
+                shape,
+                progress=lambda done, total: report(done, total, "running the client on guesses"),
+            )
+        if arguments.method == "exact" or determined:
             heads = None
             if updates is not None and arguments.batch_size == 1:
                 from softinv_jax.command_line.update_files import observe_heads  # noqa: PLC0415
@@ -265,6 +278,12 @@ def _recover(
         progress=lambda done, total: report(done, total, "matching gradients"),
     )
     return "matching", result
+
+
+def _runs_client(arguments: argparse.Namespace) -> bool:
+    """Whether updates of several steps on one example each can be solved as such."""
+    told = arguments.learning_rate is not None and arguments.local_steps > 1
+    return bool(told and arguments.batch_size == 1 and arguments.method == "auto")
 
 
 def _apply_function(model: "Model", parameters: "Tree", statistics: "Tree") -> Any:

@@ -52,6 +52,7 @@ def read_updates(arguments: argparse.Namespace, to_tree: ToTree = trained_layers
                     dampening=arguments.dampening,
                     nesterov=arguments.nesterov,
                     weight_decay=arguments.weight_decay,
+                    proximal=arguments.proximal,
                 )
             )
     return updates

@@ -14,6 +14,7 @@ _DEFAULTS = {
     "dampening": 0.0,
     "nesterov": False,
     "weight_decay": 0.0,
+    "proximal": 0.0,
 }
 
 
@@ -30,11 +31,12 @@ def add_update_options(parser: argparse.ArgumentParser) -> None:
         "--key", metavar="NAME", help="which of several models in the files, such as model_state_dict; joined by /"
     )
     group.add_argument("--learning-rate", type=float, metavar="RATE", help="of the clients; left out, it is not known")
-    group.add_argument("--local-steps", type=int, default=1, metavar="K", help="one is exact, several are not (1)")
+    group.add_argument("--local-steps", type=int, default=1, metavar="K", help="steps on the same examples (1)")
     group.add_argument("--momentum", type=float, default=0.0, metavar="M", help="from a fresh optimiser (0)")
     group.add_argument("--dampening", type=float, default=0.0, metavar="D", help="of the momentum (0)")
     group.add_argument("--nesterov", action="store_true", help="Nesterov's form of the momentum")
     group.add_argument("--weight-decay", type=float, default=0.0, metavar="W", help="needs --learning-rate (0)")
+    group.add_argument("--proximal", type=float, default=0.0, metavar="MU", help="of FedProx, with --local-steps (0)")
 
 
 def check_update_options(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ gradients drops out, and the client's own rounding of softmax(z) - y with it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,17 +106,31 @@ def invert_from(
     *,
     position: int,
     unit_roundoff: float,
-    steps: int = STEPS,
+    steps: int | jax.Array = STEPS,
+    delta_shifts: Sequence[jax.Array] | None = None,
 ) -> ChainInversion:
     """Invert what comes before the layer at `position`, whose inputs are known, as `invert_chain` does.
 
     Args:
-      chain, image_shape, position, steps: static.
+      chain, image_shape, position: static.
       inputs: (B, d) what enters that layer. input_deviation: (B, d). delta: (B, d) the loss's derivative by it.
       logit_gradient: (B, C), for the result.
+      delta_shifts: for each layer before, (B, ...) what the derivative by its output differs from the one that follows
+        from the layer after it, where the gradients are means over steps.
     """
     known = _Known(inputs, input_deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta))
-    return _descend(chain, parameters, gradients, known, logit_gradient, image_shape, position, unit_roundoff, steps)
+    return _descend(
+        chain,
+        parameters,
+        gradients,
+        known,
+        logit_gradient,
+        image_shape,
+        position,
+        unit_roundoff,
+        steps,
+        delta_shifts,
+    )
 
 
 def _descend(
@@ -128,13 +142,16 @@ def _descend(
     image_shape: tuple[int, int, int],
     position: int,
     unit_roundoff: float,
-    steps: int,
+    steps: int | jax.Array,
+    delta_shifts: Sequence[jax.Array] | None = None,
 ) -> ChainInversion:
     """From what enters the layer at `position` to the image."""
     shapes = chain_inputs(chain, parameters, image_shape)
     met: list[_Met] = []
     for index in range(position - 1, -1, -1):
         layer, shape = chain[index], shapes[index]
+        if delta_shifts is not None:
+            known = known._replace(delta=known.delta + delta_shifts[index])
         if isinstance(layer, Flatten):
             known = _Known(*(array.reshape(-1, *shape) for array in known))
         elif isinstance(layer, Activation):
@@ -231,7 +248,7 @@ def _undo_convolution(
     shape: tuple[int, ...],
     centre: float,
     unit_roundoff: float,
-    steps: int,
+    steps: int | jax.Array,
 ) -> tuple[_Known, _Met]:
     dtype = known.value.dtype
     kernel, gradient = held["kernel"].astype(dtype), gradient.astype(dtype)

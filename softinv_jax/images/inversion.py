@@ -14,14 +14,12 @@ from softinv_jax.images.groups import group_size, invert_groups
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
-from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
+from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe, observe_head
 from softinv_jax.recoveries import recover_many
 
 __all__ = ["invert", "match"]
-
-GRAY_LEVELS = 255
 
 
 def invert(
@@ -174,7 +172,7 @@ def _judge_dense(determined: bool, found: DenseImages, row: int, roundoff: float
         return ImageVerdict.APPROXIMATE
     # Noise on the gradient is no contradiction.
     distance = 0.0 if found.residual <= found.tolerated else found.residual
-    return _judge(determined, distance, error, image, roundoff)
+    return judge_image(determined, distance, error, image, roundoff)
 
 
 def _invert_by_heads(
@@ -216,22 +214,13 @@ def _invert_by_heads(
         expected[rows] = np.maximum(np.max(found.misfit, axis=1, initial=1.0), 1.0)[:, None] * found.deviation
         for index in rows:
             verdict[index] = [
-                _judge(determined, residual[index], error, image, roundoff)
+                judge_image(determined, residual[index], error, image, roundoff)
                 for error, image in zip(expected[index], images[index], strict=True)
             ]
         done += len(rows)
         report(done, total)
     report(total, total)
     return ImageRecovery(images, labels, features, label_verdict, verdict, residual, expected, condition, misfit, names)
-
-
-def _judge(determined: bool, distance: float, error: float, image: np.ndarray, roundoff: float) -> ImageVerdict:
-    if not determined or not np.all(np.isfinite(image)):
-        return ImageVerdict.UNDETERMINED
-    # Agreement in half of the digits of the gradient's dtype: no other image has that by accident.
-    if not distance <= np.sqrt(roundoff):
-        return ImageVerdict.INCONSISTENT
-    return ImageVerdict.EXACT if error <= np.ptp(image) / (2 * GRAY_LEVELS) else ImageVerdict.APPROXIMATE
 
 
 def _kernel_layers(chain: Chain) -> list[str]:

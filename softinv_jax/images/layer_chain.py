@@ -23,6 +23,7 @@ __all__ = [
     "Flatten",
     "Layer",
     "apply_chain",
+    "apply_layer",
     "chain_inputs",
     "check_chain",
     "fcn_chain",
@@ -110,11 +111,11 @@ def apply_chain(chain: Chain, parameters: Mapping[str, Any], image: ArrayLike) -
     """
     values = jnp.asarray(image)
     for layer in chain:
-        values = _apply_layer(layer, parameters, values)
+        values = apply_layer(layer, parameters, values)
     return values
 
 
-def _apply_layer(layer: Layer, parameters: Mapping[str, Any], values: jax.Array) -> jax.Array:
+def apply_layer(layer: Layer, parameters: Mapping[str, Any], values: jax.Array) -> jax.Array:
     if isinstance(layer, Flatten):
         return values.reshape((*values.shape[:-3], -1))
     if isinstance(layer, Activation):

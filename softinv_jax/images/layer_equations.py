@@ -102,7 +102,7 @@ def solve_layer(
     centre: jax.Array,
     noise: tuple[jax.Array, jax.Array],
     geometry: Geometry,
-    steps: int,
+    steps: int | jax.Array,
 ) -> LayerSolution:
     """Least squares by LSMR, for the observation and for draws of its noise, which show how far it moves the solution.
 
@@ -112,7 +112,7 @@ def solve_layer(
       equations: from `equations_of`.
       centre: (B, H, W, c) what the input is taken to be where nothing is known of it.
       noise: standard normal draws in the form of the weighted right-hand sides, with a leading axis of draws.
-      geometry, steps: static; at most so many steps.
+      geometry: static. steps: at most so many.
     """
     sane = jnp.all(jnp.stack([jnp.all(jnp.isfinite(getattr(equations, part.name))) for part in fields(equations)]))
     equations = jax.tree.map(lambda array: jnp.where(sane, array, 0.0), equations)

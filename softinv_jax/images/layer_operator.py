@@ -142,13 +142,17 @@ for _property in (
 
 
 def solve_least_squares(
-    matrix: LayerMatrix, right: tuple[jax.Array, jax.Array], tolerance: float, geometry: Geometry, steps: int
+    matrix: LayerMatrix,
+    right: tuple[jax.Array, jax.Array],
+    tolerance: float,
+    geometry: Geometry,
+    steps: int | jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
     """Least squares by LSMR (Fong and Saunders 2011), from zero.
 
     Args:
       right: weighted right-hand sides, (B, P, c') and (T, c').
-      tolerance: on the length of A^T r. geometry, steps: static; at most so many steps.
+      tolerance: on the length of A^T r. geometry: static. steps: at most so many.
 
     Returns:
       (B, H, W, c) scaled unknowns; `norm_r`, `cond_A` and `num_steps`; and whether the tolerance was met.

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lineax
 import numpy as np
 import optimistix
 from jax.typing import ArrayLike
@@ -17,6 +16,7 @@ from softinv_jax.images.distances import norm
 from softinv_jax.images.matching_input import check_gradients, checked_array, output_shape
 from softinv_jax.images.objective import ApplyFunction, mean_loss_gradient
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
+from softinv_jax.truncated_lsmr import TruncatedLSMR
 
 __all__ = ["Refinement", "refine", "refine_image"]
 
@@ -24,14 +24,6 @@ __all__ = ["Refinement", "refine", "refine_image"]
 FIRST_DAMPING = 1e-3
 # Of the inner solver. At 1e-4 it stops before it sees the small singular values, and the image stays at 45 to 50 dB.
 STEP_ACCURACY = 1e-6
-
-
-class _TruncatedLSMR(lineax.LSMR):
-    """LSMR that offers what it has when its steps run out; the outer method would give up otherwise."""
-
-    def compute(self, state: Any, vector: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-        value, _, statistics = super().compute(state, vector, options)
-        return value, lineax.RESULTS.successful, statistics
 
 
 @jax.tree_util.register_dataclass
@@ -215,7 +207,7 @@ def _solve(
     signs = [jax.random.rademacher(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
     (column,) = transpose(jax.tree.unflatten(structure, signs))
     scale = jnp.sqrt(FIRST_DAMPING * jnp.mean(jnp.square(column[0])))
-    inner = _TruncatedLSMR(rtol=STEP_ACCURACY, atol=0.0, max_steps=inner_steps, conlim=np.inf)
+    inner = TruncatedLSMR(rtol=STEP_ACCURACY, atol=0.0, max_steps=inner_steps, conlim=np.inf)
     solver = optimistix.LevenbergMarquardt(rtol=tolerance, atol=tolerance, linear_solver=inner)
     solution = optimistix.least_squares(
         residual, solver, start, args=jnp.where(scale > 0, scale, one), max_steps=steps, throw=False

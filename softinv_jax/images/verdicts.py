@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["ImageRecovery", "ImageVerdict", "image_verdict_names"]
+__all__ = ["ImageRecovery", "ImageVerdict", "image_verdict_names", "judge_image"]
+
+GRAY_LEVELS = 255
 
 
 class ImageVerdict(enum.IntEnum):
@@ -29,6 +31,21 @@ class ImageVerdict(enum.IntEnum):
 def image_verdict_names(codes: object) -> np.ndarray:
     """Verdict codes of any shape as lower-case strings."""
     return np.array([verdict.name.lower() for verdict in ImageVerdict])[np.asarray(codes)]
+
+
+def judge_image(determined: bool, distance: float, error: float, image: np.ndarray, roundoff: float) -> ImageVerdict:
+    """The verdict on an image that was found.
+
+    Args:
+      determined: whether every layer has equations enough. distance: relative, of its gradient and the one observed.
+      error: root mean square to expect. image: for its range. roundoff: of the gradient's dtype.
+    """
+    if not determined or not np.all(np.isfinite(image)):
+        return ImageVerdict.UNDETERMINED
+    # Agreement in half of the digits of the gradient's dtype: no other image has that by accident.
+    if not distance <= np.sqrt(roundoff):
+        return ImageVerdict.INCONSISTENT
+    return ImageVerdict.EXACT if error <= np.ptp(image) / (2 * GRAY_LEVELS) else ImageVerdict.APPROXIMATE
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ rounding of `after`. Several steps add gradients taken at parameters that move: 
 the recoveries can only take for the gradient at `before`.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.observation.head import Observation, find_head, observe_head
+from softinv_jax.observation.local_training import LocalTraining
 
 __all__ = ["ObservedUpdate", "observe_update", "observe_update_head"]
 
@@ -29,6 +31,7 @@ class ObservedUpdate:
       scale_known: whether the learning rate was given. If not, recover with `unknown_scale=True`.
       exact: one local step. Otherwise the average over steps stands for the gradient.
       statement: what was assumed and what that is worth, in one sentence or two.
+      training: what the client is taken to have done; a rate of 1 where it is not known.
     """
 
     parameters: Any
@@ -37,33 +40,37 @@ class ObservedUpdate:
     scale_known: bool
     exact: bool
     statement: str
+    training: LocalTraining = field(default_factory=LocalTraining)
 
 
 def observe_update(
     before: Any,
     after: Any,
     *,
-    learning_rate: float | None = None,
+    learning_rate: float | Sequence[float] | None = None,
     local_steps: int = 1,
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    proximal: float = 0.0,
 ) -> ObservedUpdate:
     """The gradient behind a client's update, for a client that runs plain or momentum gradient descent.
 
     The optimiser is that of `torch.optim.SGD` and of `optax.sgd`, and starts from zero: a first step from zero has no
-    momentum yet, and Nesterov's form multiplies it by 1 + momentum. A proximal term (FedProx) is zero in a first step.
+    momentum yet, and Nesterov's form multiplies it by 1 + momentum.
     Adaptive optimisers (Adam) send no gradient.
 
     Args:
       before: pytree of floating arrays: the parameters the client was sent.
       after: the same tree: those it sent back. (A client that sends the difference instead, `after - before`, has sent
         `-learning_rate` times its gradient, which needs no conversion but the division, and loses no digits here.)
-      learning_rate: positive; None where it is not known. The gradient is then known up to that factor.
+      learning_rate: positive, or one for each local step; None where it is not known. The gradient is then known up to
+        that factor.
       local_steps: K, 1 or more. For K > 1 the result is the average gradient of the K steps.
       momentum, dampening, nesterov: of the optimiser.
       weight_decay: added to the gradient, times the parameters, before momentum; needs the learning rate.
+      proximal: FedProx's mu. A first step does not feel it.
 
     Returns:
       An `ObservedUpdate`.
@@ -72,13 +79,13 @@ def observe_update(
       ValueError: naming the array or option: trees, shapes or dtypes that differ or are not floating, entries that are
         not finite, or an option out of range.
     """
-    _check_options(learning_rate, local_steps, momentum, dampening, weight_decay)
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError(f"nesterov needs momentum > 0 and dampening 0, not {momentum} and {dampening}")
+    rates = 1.0 if learning_rate is None else learning_rate
+    training = LocalTraining(local_steps, rates, momentum, dampening, nesterov, weight_decay, proximal)  # type: ignore[arg-type]
+    if weight_decay and learning_rate is None:
+        raise ValueError("weight_decay needs learning_rate: without it, its share of the update cannot be told")
     names, old, new, structure = _leaves(before, after)
     # Local training multiplies a gradient that stays the same by this.
-    factor = _momentum_factor(local_steps, momentum, dampening, nesterov)
-    divisor = factor if learning_rate is None else factor * learning_rate
+    divisor = float(np.sum(training.weights()))
     gradients, rounding = [], []
     for name, start, end in zip(names, old, new, strict=True):
         dtype = end.dtype
@@ -98,7 +105,8 @@ def observe_update(
         rounding=jax.tree.unflatten(structure, rounding),
         scale_known=learning_rate is not None,
         exact=local_steps == 1,
-        statement=_statement(learning_rate, local_steps, momentum, weight_decay),
+        statement=_statement(learning_rate is not None, training),
+        training=training,
     )
 
 
@@ -137,22 +145,6 @@ def _row_noise(gradient: np.ndarray, rounding: np.ndarray) -> np.ndarray:
     return np.sqrt(np.mean(rounding**2, axis=-1) + gradient.shape[-1] * common**2)
 
 
-def _check_options(
-    learning_rate: float | None, local_steps: int, momentum: float, dampening: float, weight_decay: float
-) -> None:
-    if isinstance(local_steps, bool) or not isinstance(local_steps, int | np.integer) or local_steps < 1:
-        raise ValueError(f"local_steps must be a positive integer, not {local_steps!r}")
-    if learning_rate is not None and not 0 < learning_rate < np.inf:
-        raise ValueError(f"learning_rate must be positive, or None where it is not known, not {learning_rate!r}")
-    for option, value in (("momentum", momentum), ("dampening", dampening)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{option} must lie in [0, 1), not {value!r}")
-    if not 0 <= weight_decay < np.inf:
-        raise ValueError(f"weight_decay must be zero or positive, not {weight_decay!r}")
-    if weight_decay and learning_rate is None:
-        raise ValueError("weight_decay needs learning_rate: without it, its share of the update cannot be told")
-
-
 def _leaves(before: Any, after: Any) -> tuple[list[str], list[np.ndarray], list[np.ndarray], Any]:
     """Names and arrays of the two trees, checked against each other, and their structure."""
     given, structure = jax.tree.flatten_with_path(before)
@@ -182,14 +174,6 @@ def _leaves(before: Any, after: Any) -> tuple[list[str], list[np.ndarray], list[
     return names, old, new, structure
 
 
-def _momentum_factor(local_steps: int, momentum: float, dampening: float, nesterov: bool) -> float:
-    velocity, total = 0.0, 0.0
-    for step in range(local_steps):
-        velocity = momentum * velocity + (1.0 if step == 0 else 1.0 - dampening)
-        total += 1.0 + momentum * velocity if nesterov else velocity
-    return total
-
-
 def _rounding_deviation(values: np.ndarray) -> np.ndarray:
     """Standard deviation of the error of rounding to these values, which is uniform over their dtype's spacing."""
     limits = jnp.finfo(values.dtype)
@@ -198,13 +182,13 @@ def _rounding_deviation(values: np.ndarray) -> np.ndarray:
     return spacing / np.sqrt(12)
 
 
-def _statement(learning_rate: float | None, local_steps: int, momentum: float, weight_decay: float) -> str:
-    scale = "a known learning rate" if learning_rate is not None else "an unknown learning rate (gradient times it)"
-    optimiser = f"momentum {momentum:g} from zero" if momentum else "no momentum"
-    decay = f", weight decay {weight_decay:g}" if weight_decay else ""
-    if local_steps == 1:
+def _statement(rate_known: bool, training: LocalTraining) -> str:
+    scale = "a known learning rate" if rate_known else "an unknown learning rate (gradient times it)"
+    optimiser = f"momentum {training.momentum:g} from zero" if training.momentum else "no momentum"
+    decay = f", weight decay {training.weight_decay:g}" if training.weight_decay else ""
+    if training.steps == 1:
         return f"Exact up to the rounding of the parameters: one local step, {scale}, {optimiser}{decay}."
     return (
-        f"Approximate: the average gradient of {local_steps} local steps, {scale}, {optimiser}{decay}, stands for the"
-        " gradient at the parameters sent. No stated error covers what the steps change; no label is called unique."
+        f"Approximate: the average gradient of {training.steps} local steps, {scale}, {optimiser}{decay}, stands for"
+        " the gradient at the parameters sent. No stated error covers what the steps change; no label is called unique."
     )

@@ -1,0 +1,100 @@
+"""The normal equations in full: the last steps to the solution, and the error that the update's noise leaves on it.
+
+The solver of `polish` sees well-determined directions first. Where it ends, the others are as the guess before had
+them, and nothing shows by how much they are wrong. Solved in full, what is left is the noise, and its size is known.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from softinv_jax.local_training.defects import Guess
+from softinv_jax.local_training.polish import normal_matrix, steepest
+from softinv_jax.local_training.search import Problem, misfit_at
+
+__all__ = ["LARGEST", "Certain", "settle"]
+
+LARGEST = 8000  # Unknowns: beyond, the matrix is not formed.
+STEPS = 8
+CONVERGED = 1e-3  # Of the misfit, by one step.
+# Ridges tried, of the scaled matrix with ones on its diagonal: none to speak of, and what keeps a first step short.
+RIDGES = (1e-14, 1e-10, 1e-7)
+
+
+class Certain(NamedTuple):
+    """The solution, its misfit, and the root mean square error that noise of the stated size leaves on either part."""
+
+    guess: Guess
+    misfit: float
+    image_error: float
+    label_error: float
+
+
+def settle(problem: Problem, guess: Guess) -> Certain:
+    """Go on from a guess that explains the update; to be called with 64 bits enabled."""
+    matrix, scale = _normal_matrix(problem, guess)
+    misfit = misfit_at(problem, guess)
+    for ridge in reversed(RIDGES):
+        factor = _factor(matrix, ridge)
+        for _ in range(STEPS):
+            right = np.concatenate([np.ravel(part) for part in _steepest(*problem[:4], guess, problem.training)])
+            move = -scale * scipy.linalg.cho_solve(factor, scale * right)
+            after = _moved(guess, move)
+            reached = misfit_at(problem, after)
+            gain = 1 - reached / misfit
+            if gain > 0:
+                guess, misfit = after, reached
+            if not gain > CONVERGED:
+                break
+    variance = scale**2 * _diagonal_of_inverse(factor)
+    # Where the update fits worse than its noise says, that is too small.
+    size = max(misfit, 1.0)
+    pixels = guess.image.size
+    return Certain(
+        guess,
+        misfit,
+        size * float(np.sqrt(np.mean(variance[:pixels]))),
+        size * float(np.sqrt(np.max(variance[pixels:]))),
+    )
+
+
+def _normal_matrix(problem: Problem, guess: Guess) -> tuple[np.ndarray, np.ndarray]:
+    """(n, n) J^T J scaled to ones on the diagonal, the label's sum, which is known, added; and the (n,) scale."""
+    matrix = np.array(_columns(*problem[:4], guess, problem.training))
+    matrix = (matrix + matrix.T) / 2
+    diagonal = np.diagonal(matrix)
+    labels = slice(guess.image.size, None)
+    matrix[labels, labels] += diagonal.max() / guess.label.size
+    diagonal = np.diagonal(matrix)
+    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    return matrix * scale[:, None] * scale[None, :], scale
+
+
+def _factor(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, bool]:
+    """Cholesky's, with the least ridge at or above the one given that lets it be made."""
+    while True:
+        try:
+            return scipy.linalg.cho_factor(matrix + ridge * np.eye(len(matrix)), lower=True)
+        except np.linalg.LinAlgError:
+            ridge *= 10
+
+
+def _diagonal_of_inverse(factor: tuple[np.ndarray, bool]) -> np.ndarray:
+    inverse, _ = scipy.linalg.lapack.dtrtri(factor[0], lower=1)
+    return np.sum(np.tril(inverse) ** 2, axis=0)
+
+
+def _moved(guess: Guess, move: np.ndarray) -> Guess:
+    pixels = guess.image.size
+    label = np.asarray(guess.label) + move[pixels:]
+    return Guess(
+        guess.image + jnp.asarray(move[:pixels].reshape(guess.image.shape)),
+        jnp.asarray(label + (1 - label.sum()) / label.size),
+    )
+
+
+_steepest = jax.jit(steepest, static_argnames=("chain", "training"))
+_columns = jax.jit(normal_matrix, static_argnames=("chain", "training"))
