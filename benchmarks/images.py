@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from softinv_jax.client import (
     FCN4,
     ImageDataset,
     LeNet,
+    SoftLabelBatch,
     apply_function,
     initialise,
     initialise_fan_in,
@@ -36,7 +37,7 @@ from softinv_jax.client import (
 )
 from softinv_jax.images.inversion import invert
 from softinv_jax.images.layer_chain import Chain, fcn_chain, lenet_chain
-from softinv_jax.images.verdicts import ImageVerdict
+from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
 from softinv_jax.measures.image_quality import peak_signal_to_noise_ratio, structural_similarity
 from softinv_jax.report.image_figures import ImageExample, images_figure
 
@@ -99,30 +100,46 @@ def measure(
     start = time.perf_counter()
     result = invert(chain, parameters, gradients, shape)
     seconds = time.perf_counter() - start
+    return judged(result, batch, data, seconds, family)
+
+
+def judged(
+    result: ImageRecovery, batch: SoftLabelBatch, data: ImageDataset, seconds: float, title: str
+) -> tuple[dict[str, Any], ImageExample]:
+    """What images with labels of one format are worth, and the first of them. The truth is used here only."""
+    count = len(result.images)
     original = np.asarray(data.denormalise(batch.images))
     recovered = np.asarray(data.denormalise(result.images[:, 0]))
     found = np.all(np.isfinite(recovered), axis=(1, 2, 3))
     quality, similarity = np.zeros(count), np.zeros(count)
-    quality[found] = peak_signal_to_noise_ratio(recovered[found], original[found])
-    similarity[found] = structural_similarity(recovered[found], original[found])
+    if np.any(found):
+        quality[found] = peak_signal_to_noise_ratio(recovered[found], original[found])
+        similarity[found] = structural_similarity(recovered[found], original[found])
     verdict = result.verdict[:, 0]
     actual = np.sqrt(np.mean((result.images[:, 0] - np.asarray(batch.images)) ** 2, axis=(1, 2, 3)))
+    labels = np.abs(result.labels[:, 0] - np.asarray(batch.labels)).max(axis=1)
     row = {
-        "format": family,
+        "format": title,
         "images": count,
         "median_psnr": float(np.median(quality)),
         "worst_psnr": float(np.min(quality)),
+        "above_60_db": int(np.sum(quality > 60)),
         "median_ssim": float(np.median(similarity)),
         "verdicts": {kind.name.lower(): int(np.sum(verdict == kind)) for kind in reversed(ImageVerdict)},
         "exact_below_40_db": int(np.sum((verdict == ImageVerdict.EXACT) & (quality < 40))),
-        "largest_label_error": float(np.nanmax(np.abs(result.labels[:, 0] - np.asarray(batch.labels)))),
-        "error_over_expected": float(np.nanmedian(actual / result.expected_error[:, 0])),
-        "largest_error_over_expected": float(np.nanmax(actual / result.expected_error[:, 0])),
+        "largest_label_error": _or_nan(np.nanmax, labels),
+        "labels_below_1e-4": int(np.sum(labels < 1e-4)),
+        "error_over_expected": _or_nan(np.nanmedian, actual / result.expected_error[:, 0]),
+        "largest_error_over_expected": _or_nan(np.nanmax, actual / result.expected_error[:, 0]),
         "seconds_per_image": seconds / count,
     }
     note = f"PSNR {quality[0]:.0f} dB"
     name = ImageVerdict(verdict[0]).name.lower()
-    return row, ImageExample(family.replace("_", " "), original[0], recovered[0], name, note)
+    return row, ImageExample(title.replace("_", " "), original[0], recovered[0], name, note)
+
+
+def _or_nan(function: Callable[[np.ndarray], np.floating], values: np.ndarray) -> float:
+    return float(function(values)) if np.any(np.isfinite(values)) else float("nan")
 
 
 COLUMNS = {

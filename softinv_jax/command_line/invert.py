@@ -230,15 +230,16 @@ def _recover(
             model.chain, parameters, shape, 1 if arguments.batch_size == "auto" else arguments.batch_size
         )
         determined = all(count.determined for count in counts)
-        if updates is not None and determined and _runs_client(arguments):
-            from softinv_jax.local_training.recovery import invert_updates  # noqa: PLC0415
+        if updates is not None and determined and _tells_steps(arguments):
+            from softinv_jax.local_training.recovery import can_run, invert_updates  # noqa: PLC0415
 
-            return "client", invert_updates(
-                model.chain,
-                updates,
-                shape,
-                progress=lambda done, total: report(done, total, "running the client on guesses"),
-            )
+            if can_run(model.chain):
+                return "client", invert_updates(
+                    model.chain,
+                    updates,
+                    shape,
+                    progress=lambda done, total: report(done, total, "running the client on guesses"),
+                )
         if arguments.method == "exact" or determined:
             heads = None
             if updates is not None and arguments.batch_size == 1:
@@ -280,7 +281,7 @@ def _recover(
     return "matching", result
 
 
-def _runs_client(arguments: argparse.Namespace) -> bool:
+def _tells_steps(arguments: argparse.Namespace) -> bool:
     """Whether updates of several steps on one example each can be solved as such."""
     told = arguments.learning_rate is not None and arguments.local_steps > 1
     return bool(told and arguments.batch_size == 1 and arguments.method == "auto")

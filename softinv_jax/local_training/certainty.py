@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax.flatten_util import ravel_pytree
 
 from softinv_jax.local_training.defects import Guess
 from softinv_jax.local_training.polish import normal_matrix, steepest
-from softinv_jax.local_training.search import Problem, misfit_at
+from softinv_jax.local_training.search import Problem, misfit_at, moved_by
 
 __all__ = ["LARGEST", "Certain", "settle"]
 
@@ -36,13 +37,13 @@ class Certain(NamedTuple):
 def settle(problem: Problem, guess: Guess) -> Certain:
     """Go on from a guess that explains the update; to be called with 64 bits enabled."""
     matrix, scale = _normal_matrix(problem, guess)
-    misfit = misfit_at(problem, guess)
+    misfit, unravel = misfit_at(problem, guess), ravel_pytree(guess)[1]
     for ridge in reversed(RIDGES):
         factor = _factor(matrix, ridge)
         for _ in range(STEPS):
-            right = np.concatenate([np.ravel(part) for part in _steepest(*problem[:4], guess, problem.training)])
+            right = np.asarray(ravel_pytree(_steepest(*problem[:4], guess, problem.training))[0])
             move = -scale * scipy.linalg.cho_solve(factor, scale * right)
-            after = _moved(guess, move)
+            after = moved_by(guess, unravel(jnp.asarray(move)))
             reached = misfit_at(problem, after)
             gain = 1 - reached / misfit
             if gain > 0:
@@ -85,15 +86,6 @@ def _factor(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, bool]:
 def _diagonal_of_inverse(factor: tuple[np.ndarray, bool]) -> np.ndarray:
     inverse, _ = scipy.linalg.lapack.dtrtri(factor[0], lower=1)
     return np.sum(np.tril(inverse) ** 2, axis=0)
-
-
-def _moved(guess: Guess, move: np.ndarray) -> Guess:
-    pixels = guess.image.size
-    label = np.asarray(guess.label) + move[pixels:]
-    return Guess(
-        guess.image + jnp.asarray(move[:pixels].reshape(guess.image.shape)),
-        jnp.asarray(label + (1 - label.sum()) / label.size),
-    )
 
 
 _steepest = jax.jit(steepest, static_argnames=("chain", "training"))

@@ -10,7 +10,7 @@ from softinv_jax.images.layer_chain import Chain, apply_layer
 from softinv_jax.local_training.optimiser import OptimiserState, optimiser_step, start_optimiser
 from softinv_jax.observation.local_training import LocalTraining
 
-__all__ = ["ClientRun", "run_client", "run_head", "sent_update"]
+__all__ = ["ClientRun", "chain_features", "run_client", "run_head", "sent_update"]
 
 
 class ClientRun(NamedTuple):
@@ -88,6 +88,11 @@ def run_head(
 
     _, (slopes, deltas) = jax.lax.scan(step, start_optimiser(first), None, length=training.steps)
     return _weighed(slopes, training), _weighed(deltas, training)
+
+
+def chain_features(chain: Chain, parameters: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """(B, d) what enters the head."""
+    return _inputs(chain, parameters, images)[-1]
 
 
 def _inputs(chain: Chain, parameters: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, ...]:

@@ -17,7 +17,7 @@ from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.images.exact import invert_from
 from softinv_jax.images.layer_chain import Activation, Chain, Dense, Flatten, apply_layer, layer_parameters
 from softinv_jax.linear_algebra import inverse_and_log_determinant
-from softinv_jax.local_training.client_run import ClientRun, run_client, run_head
+from softinv_jax.local_training.client_run import ClientRun, chain_features, run_client, run_head
 from softinv_jax.observation.local_training import LocalTraining
 
 __all__ = ["Guess", "first_guess", "improve"]
@@ -42,11 +42,15 @@ def first_guess(
     image_shape: tuple[int, int, int],
     training: LocalTraining,
 ) -> Guess:
-    """An image of zeros, with the label that the head alone gives for a feature along the update's own direction."""
-    image = jnp.zeros(image_shape, jax.tree.leaves(parameters)[0].dtype)
-    values = image[None]
-    for layer in chain[:-1]:
-        values = apply_layer(layer, parameters, values)
+    """An image of zeros, with the label that the head alone gives for a feature along the update's own direction.
+
+    A ReLU network without biases passes no zeros on: noise takes their place.
+    """
+    blank = jnp.zeros(image_shape, jax.tree.leaves(parameters)[0].dtype)
+    noise = jax.random.normal(jax.random.key(0), image_shape, jnp.float32).astype(blank.dtype)
+    seen = chain_features(chain, parameters, blank[None])
+    image = jnp.where(jnp.any(seen != 0), blank, noise)
+    values = chain_features(chain, parameters, image[None])
     held, own = _head(chain, parameters), _head(chain, observed)
     strongest = own["kernel"][jnp.argmax(jnp.sum(own["kernel"] ** 2, axis=1))]
     feature, slope = _factors(chain, own["kernel"], own.get("bias"), strongest, values[0])

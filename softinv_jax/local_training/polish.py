@@ -15,11 +15,10 @@ from softinv_jax.local_training.defects import Guess
 from softinv_jax.observation.local_training import LocalTraining
 from softinv_jax.truncated_lsmr import TruncatedLSMR
 
-__all__ = ["misfit_of", "normal_matrix", "polish_step", "steepest"]
+__all__ = ["misfit_of", "normal_matrix", "polish_step", "steepest", "with_sum_one"]
 
 PROBES = 8  # Random signs, for the lengths of the Jacobian's columns.
 LEAST_COLUMN = 1e-3  # Of the longest: what hardly shows in the update is not blown up.
-LENGTHS = (1.0, 0.5, 0.2, 0.05)  # Of the step, of which the best is taken.
 COLUMNS = 8  # Of the normal matrix, made at once.
 ACCURACY = 1e-10  # Of the inner solver: it ends with its number of steps.
 
@@ -49,8 +48,11 @@ def polish_step(
     guess: Guess,
     training: LocalTraining,
     inner_steps: int | jax.Array,
-) -> tuple[Guess, jax.Array]:
-    """One step of Gauss-Newton by LSMR, which needs only products with the Jacobian; and its misfit (`misfit_of`)."""
+) -> Guess:
+    """How one step of Gauss-Newton moves a guess: by LSMR, which needs products with the Jacobian only.
+
+    Arguments as for `misfit_of`; inner_steps: of LSMR.
+    """
     values, push, pull, _ = _linearised(chain, parameters, observed, noise, guess, training)
     scale = _column_scale(pull, values)
     operator = lineax.FunctionLinearOperator(
@@ -58,15 +60,7 @@ def polish_step(
     )
     solver = TruncatedLSMR(rtol=ACCURACY, atol=0.0, max_steps=inner_steps, conlim=np.inf)
     found = lineax.linear_solve(operator, jax.tree.map(jnp.negative, values), solver, throw=False)
-    move = jax.tree.map(jnp.multiply, found.value, scale)
-
-    def at(length: jax.Array) -> Guess:
-        return _with_sum_one(jax.tree.map(lambda value, change: value + length * change, guess, move))
-
-    lengths = jnp.asarray(LENGTHS)
-    misfits = jax.vmap(lambda length: misfit_of(chain, parameters, observed, noise, at(length), training))(lengths)
-    best = jnp.argmin(jnp.where(jnp.isfinite(misfits), misfits, jnp.inf))
-    return at(lengths[best]), misfits[best]
+    return jax.tree.map(jnp.multiply, found.value, scale)
 
 
 def normal_matrix(
@@ -112,7 +106,7 @@ def _linearised(
     """The residuals; products with the Jacobian and its transpose; and what makes a guess of a vector."""
 
     def residual(point: Guess) -> Any:
-        return _residual(chain, parameters, observed, noise, _with_sum_one(point), training)
+        return _residual(chain, parameters, observed, noise, with_sum_one(point), training)
 
     values, push = jax.linearize(residual, guess)
     return values, push, jax.linear_transpose(push, guess), ravel_pytree(guess)[1]
@@ -130,7 +124,8 @@ def _residual(
     return jax.tree.map(lambda one, other, unit: (one - other) / unit, own, observed, noise)
 
 
-def _with_sum_one(guess: Guess) -> Guess:
+def with_sum_one(guess: Guess) -> Guess:
+    """The guess, what its label lacks spread over all classes."""
     return guess._replace(label=guess.label + (1 - jnp.sum(guess.label)) / guess.label.size)
 
 

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.determinacy import count_equations
-from softinv_jax.images.layer_chain import Chain, Dense, layer_parameters
+from softinv_jax.images.layer_chain import Activation, Chain, Dense
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.local_training.certainty import LARGEST, settle
-from softinv_jax.local_training.client_run import run_client
+from softinv_jax.local_training.client_run import chain_features, run_client
 from softinv_jax.local_training.defects import Guess
 from softinv_jax.local_training.search import EXPLAINED, Problem, search
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover
 
-__all__ = ["invert_updates"]
+__all__ = ["can_run", "invert_updates"]
 
 
 def invert_updates(
@@ -32,8 +33,8 @@ def invert_updates(
     """Recover the image and the label behind each update of several local steps on one example.
 
     The client is run on guesses of the example until one explains the update to its last digit; the label format is not
-    told. Then a `unique` label and, where every layer is determined and the expected error small, an `exact` image. That
-    error follows from the update's noise by the Jacobian at the solution (up to `certainty.LARGEST` unknowns). Where no
+    told. Then a `unique` label and, where every layer is determined and the expected error small, an `exact` image. The
+    error follows from the update's noise by the Jacobian at the solution, up to `certainty.LARGEST` unknowns. Where no
     guess explains the update, the label is the head's hint, as `recover` gives it, and the image `inconsistent`.
 
     Args:
@@ -46,7 +47,8 @@ def invert_updates(
       An `ImageRecovery` of N updates, one image each; `misfit` is that of the whole update, for each layer the same.
 
     Raises:
-      ValueError: for an update without a learning rate, or without gradient, or a chain that does not fit it.
+      ValueError: for an update without a learning rate, or without gradient, a chain that does not fit it, or one with
+        an activation that falls and rises (GELU, SiLU).
     """
     if not updates:
         raise ValueError("no updates; give at least one")
@@ -63,6 +65,8 @@ def invert_updates(
 def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int]) -> ImageRecovery:
     if not update.scale_known:
         raise ValueError("several local steps can be run again only if learning_rate is told")
+    if not can_run(chain):
+        raise ValueError("an activation of the chain falls and rises, so that it cannot be undone; use matching")
     counts = count_equations(chain, update.parameters, image_shape)
     problem = _problem(chain, update, image_shape)
     found = _search(problem)
@@ -100,6 +104,11 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
     )
 
 
+def can_run(chain: Chain) -> bool:
+    """Whether every activation can be undone."""
+    return all(ACTIVATIONS[layer.function].invert is not None for layer in chain if isinstance(layer, Activation))
+
+
 @in_float64
 def _problem(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int]) -> Problem:
     roundoff = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(update.gradients))).eps) / 2
@@ -129,8 +138,7 @@ _run = jax.jit(run_client, static_argnames=("chain", "training"))
 
 @in_float64
 def _feature(problem: Problem, guess: Guess) -> np.ndarray:
-    run = _run(problem.chain, problem.parameters, guess.image[None], guess.label[None], problem.training)
-    return np.asarray(run.inputs[-1][0])
+    return np.asarray(chain_features(problem.chain, problem.parameters, guess.image[None])[0])
 
 
 @in_float64
@@ -148,5 +156,4 @@ def _distance(problem: Problem, guess: Guess) -> float:
 def _hint(chain: Chain, update: ObservedUpdate) -> Recovery:
     head = chain[-1]
     assert isinstance(head, Dense)
-    layer_parameters(update.parameters, head.name)
     return recover(observe_update_head(update, name=head.name), approximate=True)

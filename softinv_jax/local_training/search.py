@@ -11,10 +11,10 @@ import numpy as np
 from softinv_jax.images.layer_chain import Chain
 from softinv_jax.local_training.anderson import Anderson
 from softinv_jax.local_training.defects import Guess, first_guess, improve
-from softinv_jax.local_training.polish import misfit_of, polish_step
+from softinv_jax.local_training.polish import misfit_of, polish_step, with_sum_one
 from softinv_jax.observation.local_training import LocalTraining
 
-__all__ = ["EXPLAINED", "Found", "Problem", "misfit_at", "search"]
+__all__ = ["EXPLAINED", "Found", "Problem", "misfit_at", "moved_by", "search"]
 
 # The client rounds every product of a sum: a few units, as in `images/exact`. Wrong images leave thousands.
 EXPLAINED = 4.0
@@ -28,6 +28,7 @@ SETTLED = 1e-3  # Of the image: it no longer moves, and more steps of the solver
 NEAR = 500.0  # Misfit from which Gauss-Newton is tried.
 POLISH_STEPS = 300  # Of the solver, for each step of Gauss-Newton; twice as many where they gain little.
 POLISH_BUDGET = 2100  # Of them all.
+LENGTHS = (1.0, 0.5, 0.2, 0.05)  # Of such a step, of which the best is taken.
 GAIN = 0.3  # Of the misfit, by one step of Gauss-Newton.
 LABEL_RANGE = (-0.2, 1.2)  # A step beyond is cut off there.
 
@@ -136,6 +137,11 @@ def _level(problem: Problem, guess: Guess, steps: int) -> tuple[Guess, float, in
     return guess, moved, count + 1
 
 
+def moved_by(guess: Guess, move: Guess, length: float = 1.0) -> Guess:
+    """The guess after a step, its label's sum kept."""
+    return with_sum_one(jax.tree.map(lambda value, change: value + length * change, guess, move))
+
+
 def misfit_at(problem: Problem, guess: Guess) -> float:
     """See `polish.misfit_of`; infinite where it is not a number."""
     found = float(_misfit(problem.chain, problem.parameters, problem.observed, problem.noise, guess, problem.training))
@@ -146,11 +152,14 @@ def _polished(problem: Problem, guess: Guess) -> tuple[Guess, float]:
     """Gauss-Newton until the update is explained, or it gains no more."""
     misfit, steps, left = misfit_at(problem, guess), POLISH_STEPS, POLISH_BUDGET
     while left >= steps:
-        after, reached = _polish(*problem[:4], guess, problem.training, jnp.asarray(steps))
+        move = _polish(*problem[:4], guess, problem.training, jnp.asarray(steps))
         left -= steps
-        gain = 1 - float(reached) / misfit
+        trials = [moved_by(guess, move, length) for length in LENGTHS]
+        reached = [misfit_at(problem, trial) for trial in trials]
+        best = int(np.argmin(reached))
+        gain = 1 - reached[best] / misfit
         if gain > 0:
-            guess, misfit = after, float(reached)
+            guess, misfit = trials[best], reached[best]
         if misfit < EXPLAINED:
             break
         if not gain >= GAIN:

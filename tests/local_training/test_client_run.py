@@ -38,9 +38,8 @@ def proximal(sent: Any, strength: float) -> optax.GradientTransformation:
         {"learning_rate": (0.2, 0.1, 0.05)},
     ],
 )
-@pytest.mark.parametrize("client", ["mixed", "smoothed"])
-def test_the_update_is_that_of_optax(client: str, options: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    own: Client = request.getfixturevalue(client)
+def test_the_update_is_that_of_optax(options: dict[str, Any], smoothed: Client) -> None:
+    own = smoothed
     training = LocalTraining(3, **{"learning_rate": RATE, **options})
     rates = jnp.asarray(training.rates)
     parts = [
