@@ -108,6 +108,7 @@ def invert_from(
     unit_roundoff: float,
     steps: int | jax.Array = STEPS,
     delta_shifts: Sequence[jax.Array] | None = None,
+    guesses: Sequence[jax.Array] | None = None,
 ) -> ChainInversion:
     """Invert what comes before the layer at `position`, whose inputs are known, as `invert_chain` does.
 
@@ -117,6 +118,7 @@ def invert_from(
       logit_gradient: (B, C), for the result.
       delta_shifts: for each layer before, (B, ...) what the derivative by its output differs from the one that follows
         from the layer after it, where the gradients are means over steps.
+      guesses: for each layer before, (B, ...) what enters it in a guess: the solvers begin there.
     """
     known = _Known(inputs, input_deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta))
     return _descend(
@@ -130,6 +132,7 @@ def invert_from(
         unit_roundoff,
         steps,
         delta_shifts,
+        guesses,
     )
 
 
@@ -144,6 +147,7 @@ def _descend(
     unit_roundoff: float,
     steps: int | jax.Array,
     delta_shifts: Sequence[jax.Array] | None = None,
+    guesses: Sequence[jax.Array] | None = None,
 ) -> ChainInversion:
     """From what enters the layer at `position` to the image."""
     shapes = chain_inputs(chain, parameters, image_shape)
@@ -161,7 +165,8 @@ def _descend(
             if isinstance(layer, Dense):
                 known, evidence = _undo_dense(held["kernel"], gradient, known, unit_roundoff)
             else:
-                centre = _centre(chain[:index])
+                centre = jnp.asarray(_centre(chain[:index]), known.value.dtype)
+                centre = jnp.broadcast_to(centre if guesses is None else guesses[index], (len(known.value), *shape))
                 known, evidence = _undo_convolution(layer, held, gradient, known, shape, centre, unit_roundoff, steps)
             met.append(evidence)
     return ChainInversion(
@@ -246,7 +251,7 @@ def _undo_convolution(
     gradient: jax.Array,
     known: _Known,
     shape: tuple[int, ...],
-    centre: float,
+    centre: jax.Array,
     unit_roundoff: float,
     steps: int | jax.Array,
 ) -> tuple[_Known, _Met]:
@@ -277,7 +282,7 @@ def _undo_convolution(
         * (equations.forward_weight > 0)[None],
         jax.random.normal(keys[1], (1, *equations.gradient.shape), jnp.float32).astype(dtype),
     )
-    solution = solve_layer(equations, jnp.full((examples, *shape), centre, dtype), noise, geometry, steps)
+    solution = solve_layer(equations, centre, noise, geometry, steps)
     # One draw of the noise shows each entry's deviation but roughly: half of it, and half its channel's mean.
     own = solution.deviation**2
     deviation = jnp.sqrt((own + jnp.mean(own, axis=(1, 2), keepdims=True)) / 2 + unit_roundoff**2)

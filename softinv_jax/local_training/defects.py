@@ -98,6 +98,7 @@ def improve(
         unit_roundoff=unit_roundoff,
         steps=steps,
         delta_shifts=shifts,
+        guesses=run.inputs,
     )
     return Guess(found.images[0], label)
 

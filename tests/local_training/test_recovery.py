@@ -1,12 +1,18 @@
 """Several local steps on one example: image and label back, and no certainty where the observer was told wrong."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softinv_jax import Verdict, observe_update
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
+from softinv_jax.local_training import search
 from softinv_jax.local_training.anderson import Anderson
+from softinv_jax.local_training.client_run import run_client
+from softinv_jax.local_training.defects import Guess
 from softinv_jax.local_training.recovery import invert_updates
+from softinv_jax.observation.local_training import LocalTraining
 from tests.local_training.conftest import CHAIN, SHAPE, Client
 
 RATE = 0.05
@@ -28,6 +34,19 @@ def test_image_and_label_of_three_steps(mixed: Client) -> None:
     # One draw shows the size of the error, not more.
     assert error < 10 * found.expected_error[0, 0] < 0.1
     assert np.all(found.misfit < 4)
+
+
+def test_the_example_itself_is_a_fixed_point(mixed: Client) -> None:
+    """Run on the example, the client differs from the simple model by just what is taken off."""
+    training = LocalTraining(3, RATE)
+    with jax.enable_x64(True):
+        parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), mixed.parameters)
+        truth = Guess(jnp.asarray(mixed.image, jnp.float64), jnp.asarray(mixed.label, jnp.float64))
+        observed = run_client(CHAIN, parameters, truth.image[None], truth.label[None], training).update
+        # As compiled for the search, which the tests above have done.
+        found = search._improve(CHAIN, parameters, observed, truth, training, 2.0**-24, jnp.asarray(200))
+    np.testing.assert_allclose(found.image, truth.image, atol=1e-5)
+    np.testing.assert_allclose(found.label, truth.label, atol=1e-6)
 
 
 def test_a_wrong_number_of_steps_is_found_out(mixed: Client) -> None:
