@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--steps", nargs="+", type=int)
     parser.add_argument("--peer-images", type=int, default=1, help="of each row and format, for matching")
+    parser.add_argument("--finished", action="store_true", help="the rows that are there already, and no others")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever rows are there already")
     arguments = parser.parse_args()
     run = Run("local_training", arguments)
@@ -178,6 +179,8 @@ def main() -> None:
     try:
         for cell in all_cells(arguments):
             held = finished.get(str(cell))
+            if held is None and arguments.finished:
+                continue
             if held is None:
                 held = own.measure(run, cell) | {"commit": run.commit}
                 finished.keep(str(cell), held)
