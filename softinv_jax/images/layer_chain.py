@@ -116,6 +116,7 @@ def apply_chain(chain: Chain, parameters: Mapping[str, Any], image: ArrayLike) -
 
 
 def apply_layer(layer: Layer, parameters: Mapping[str, Any], values: jax.Array) -> jax.Array:
+    """What leaves one layer of a chain, for values (..., H, W, c) or (..., d) that enter it."""
     if isinstance(layer, Flatten):
         return values.reshape((*values.shape[:-3], -1))
     if isinstance(layer, Activation):
