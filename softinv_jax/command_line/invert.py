@@ -43,8 +43,8 @@ fcn4's, tell the examples of a batch apart whatever the number of classes: --bat
 In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each
 client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
-Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet and fcn4: the client is
-run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
+Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet, fcn4 and mlp: the
+client is run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
 
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
           images, usually exact to well below a gray level; says so where it is not

@@ -16,9 +16,9 @@ from softinv_jax.images.distances import norm
 from softinv_jax.images.matching_input import check_gradients, checked_array, output_shape
 from softinv_jax.images.objective import ApplyFunction, mean_loss_gradient
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
-from softinv_jax.truncated_lsmr import TruncatedLSMR
+from softinv_jax.matrix_free import TruncatedLSMR, random_signs
 
-__all__ = ["Refinement", "refine", "refine_image"]
+__all__ = ["Refinement", "refine", "refine_image", "with_sum_one"]
 
 # The first step is damped by this share of the mean squared column of the Jacobian (Marquardt's choice of scale).
 FIRST_DAMPING = 1e-3
@@ -170,6 +170,11 @@ def _refine(
     return _solve(parameters, gradient, *arrays, epsilon, tolerance, apply_fn, optimise_label, steps, inner_steps)
 
 
+def with_sum_one(label: jax.Array) -> jax.Array:
+    """(..., C) the label, what its sum lacks of 1 spread over all classes."""
+    return label + (1 - jnp.sum(label, axis=-1, keepdims=True)) / label.shape[-1]
+
+
 @partial(jax.jit, static_argnames=("apply_fn", "optimise_label", "steps", "inner_steps"))
 def _solve(
     parameters: Any,
@@ -188,9 +193,6 @@ def _solve(
     least = jnp.min(jnp.stack([jnp.where(leaf > 0, leaf, jnp.inf) for leaf in jax.tree.leaves(noise)]))
     noise = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, least), noise)
 
-    def with_sum_one(free_label: jax.Array) -> jax.Array:
-        return free_label + (1 - jnp.sum(free_label, axis=-1, keepdims=True)) / free_label.shape[-1]
-
     def residual(unknown: tuple[jax.Array, jax.Array | None], scale: jax.Array) -> Any:
         image, free_label = unknown
         dummy = mean_loss_gradient(
@@ -202,10 +204,7 @@ def _solve(
     one = jnp.ones((), image.dtype)
     start_residual, transpose = jax.vjp(partial(residual, scale=one), start)
     # E |J^T v|^2 over random signs v is the sum of J's squared columns; their mean scales the damping.
-    leaves, structure = jax.tree.flatten(start_residual)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    signs = [jax.random.rademacher(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    (column,) = transpose(jax.tree.unflatten(structure, signs))
+    (column,) = transpose(random_signs(jax.random.key(0), start_residual))
     scale = jnp.sqrt(FIRST_DAMPING * jnp.mean(jnp.square(column[0])))
     inner = TruncatedLSMR(rtol=STEP_ACCURACY, atol=0.0, max_steps=inner_steps, conlim=np.inf)
     solver = optimistix.LevenbergMarquardt(rtol=tolerance, atol=tolerance, linear_solver=inner)
@@ -214,7 +213,7 @@ def _solve(
     )
     image, free_label = solution.value
     final = residual(solution.value, one)
-    count = sum(leaf.size for leaf in leaves)
+    count = sum(leaf.size for leaf in jax.tree.leaves(final))
     difference = jax.tree.map(jnp.multiply, final, noise)
     # As `exact.gradient_distance`: a parameter without gradient counts by itself.
     residuals = jax.tree.map(

@@ -12,17 +12,18 @@ import numpy as np
 import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
-from softinv_jax.local_training.defects import Guess
+from softinv_jax.float64 import in_float64
 from softinv_jax.local_training.polish import normal_matrix, steepest
-from softinv_jax.local_training.search import Problem, misfit_at, moved_by
+from softinv_jax.local_training.problem import Guess, Problem
+from softinv_jax.local_training.search import misfit_at, moved_by
 
 __all__ = ["LARGEST", "Certain", "settle"]
 
 LARGEST = 8000  # Unknowns: beyond, the matrix is not formed.
 STEPS = 8
 CONVERGED = 1e-3  # Of the misfit, by one step.
-# Ridges tried, of the scaled matrix with ones on its diagonal: none to speak of, and what keeps a first step short.
-RIDGES = (1e-14, 1e-10, 1e-7)
+# Added to the scaled matrix with ones on its diagonal: first what keeps steps short, in the end next to nothing.
+RIDGES = (1e-7, 1e-10, 1e-14)
 
 
 class Certain(NamedTuple):
@@ -34,14 +35,15 @@ class Certain(NamedTuple):
     label_error: float
 
 
+@in_float64
 def settle(problem: Problem, guess: Guess) -> Certain:
-    """Go on from a guess that explains the update; to be called with 64 bits enabled."""
+    """Go on from a guess that explains the update."""
     matrix, scale = _normal_matrix(problem, guess)
     misfit, unravel = misfit_at(problem, guess), ravel_pytree(guess)[1]
-    for ridge in reversed(RIDGES):
+    for ridge in RIDGES:
         factor = _factor(matrix, ridge)
         for _ in range(STEPS):
-            right = np.asarray(ravel_pytree(_steepest(*problem[:4], guess, problem.training))[0])
+            right = np.asarray(ravel_pytree(_steepest(problem, guess))[0])
             move = -scale * scipy.linalg.cho_solve(factor, scale * right)
             after = moved_by(guess, unravel(jnp.asarray(move)))
             reached = misfit_at(problem, after)
@@ -64,7 +66,7 @@ def settle(problem: Problem, guess: Guess) -> Certain:
 
 def _normal_matrix(problem: Problem, guess: Guess) -> tuple[np.ndarray, np.ndarray]:
     """(n, n) J^T J scaled to ones on the diagonal, the label's sum, which is known, added; and the (n,) scale."""
-    matrix = np.array(_columns(*problem[:4], guess, problem.training))
+    matrix = np.array(_columns(problem, guess))
     matrix = (matrix + matrix.T) / 2
     diagonal = np.diagonal(matrix)
     labels = slice(guess.image.size, None)
@@ -88,5 +90,4 @@ def _diagonal_of_inverse(factor: tuple[np.ndarray, bool]) -> np.ndarray:
     return np.sum(np.tril(inverse) ** 2, axis=0)
 
 
-_steepest = jax.jit(steepest, static_argnames=("chain", "training"))
-_columns = jax.jit(normal_matrix, static_argnames=("chain", "training"))
+_steepest, _columns = jax.jit(steepest), jax.jit(normal_matrix)

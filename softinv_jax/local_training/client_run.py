@@ -10,7 +10,7 @@ from softinv_jax.images.layer_chain import Chain, apply_layer
 from softinv_jax.local_training.optimiser import OptimiserState, optimiser_step, start_optimiser
 from softinv_jax.observation.local_training import LocalTraining
 
-__all__ = ["ClientRun", "chain_features", "run_client", "run_head", "sent_update"]
+__all__ = ["ClientRun", "run_client", "run_head", "sent_update"]
 
 
 class ClientRun(NamedTuple):
@@ -45,8 +45,10 @@ def run_client(
       chain, training: static. parameters: by layer.
       images: (B, H, W, c). labels: (B, C); the loss is the mean cross-entropy.
     """
-    inputs = _inputs(chain, parameters, images)
-    nothing = tuple(jnp.zeros_like(values) for values in inputs[1:])
+    passing = [images]
+    for layer in chain:
+        passing.append(apply_layer(layer, parameters, passing[-1]))
+    nothing = tuple(jnp.zeros_like(values) for values in passing[1:])
 
     def loss(held: Mapping[str, Any], taps: tuple[jax.Array, ...]) -> jax.Array:
         values = images
@@ -58,11 +60,9 @@ def run_client(
         slope, deltas = jax.grad(loss, argnums=(0, 1))(state.parameters, nothing)
         return optimiser_step(state, slope, parameters, training), deltas
 
-    # An output more than there are layers: the logits.
-    nothing = (*nothing, jnp.zeros_like(apply_layer(chain[-1], parameters, inputs[-1])))
     end, deltas = jax.lax.scan(step, start_optimiser(parameters), None, length=training.steps)
     means = tuple(_weighed(each, training) for each in deltas)
-    return ClientRun(sent_update(parameters, end.parameters, training), means[:-1], means[-1], inputs)
+    return ClientRun(sent_update(parameters, end.parameters, training), means[:-1], means[-1], tuple(passing[:-1]))
 
 
 def run_head(
@@ -88,18 +88,6 @@ def run_head(
 
     _, (slopes, deltas) = jax.lax.scan(step, start_optimiser(first), None, length=training.steps)
     return _weighed(slopes, training), _weighed(deltas, training)
-
-
-def chain_features(chain: Chain, parameters: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """(B, d) what enters the head."""
-    return _inputs(chain, parameters, images)[-1]
-
-
-def _inputs(chain: Chain, parameters: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, ...]:
-    values = [images]
-    for layer in chain[:-1]:
-        values.append(apply_layer(layer, parameters, values[-1]))
-    return tuple(values)
 
 
 def _weighed(values: jax.Array, training: LocalTraining) -> jax.Array:

@@ -8,19 +8,21 @@ guess and result agree, both explain the update.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.images.exact import invert_from
-from softinv_jax.images.layer_chain import Activation, Chain, Dense, Flatten, apply_layer, layer_parameters
+from softinv_jax.images.layer_chain import Activation, Chain, Dense, Flatten, apply_chain, apply_layer, layer_parameters
+from softinv_jax.images.refinement import with_sum_one
 from softinv_jax.linear_algebra import inverse_and_log_determinant
-from softinv_jax.local_training.client_run import ClientRun, chain_features, run_client, run_head
+from softinv_jax.local_training.client_run import ClientRun, run_client, run_head
+from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.observation.local_training import LocalTraining
 
-__all__ = ["Guess", "first_guess", "improve"]
+__all__ = ["first_guess", "improve"]
 
 POWERS = 20  # Of the iteration for the head's two factors, which starts next to them.
 NEWTON_STEPS = 15
@@ -28,56 +30,34 @@ SHORTER = (1.0, 0.5, 0.25, 0.1, 0.03)  # Newton steps tried, of their full lengt
 WITHIN = 1 - 1e-6  # Of the largest value of an activation: no feature reaches it.
 
 
-class Guess(NamedTuple):
-    """image: (H, W, c). label: (C,), of sum 1."""
-
-    image: jax.Array
-    label: jax.Array
-
-
-def first_guess(
-    chain: Chain,
-    parameters: Mapping[str, Any],
-    observed: Mapping[str, Any],
-    image_shape: tuple[int, int, int],
-    training: LocalTraining,
-) -> Guess:
+def first_guess(problem: Problem) -> Guess:
     """An image of zeros, with the label that the head alone gives for a feature along the update's own direction.
 
     A ReLU network without biases passes no zeros on: noise takes their place.
     """
-    blank = jnp.zeros(image_shape, jax.tree.leaves(parameters)[0].dtype)
-    noise = jax.random.normal(jax.random.key(0), image_shape, jnp.float32).astype(blank.dtype)
-    seen = chain_features(chain, parameters, blank[None])
+    chain, parameters = problem.chain, problem.parameters
+    blank = jnp.zeros(problem.image_shape, jax.tree.leaves(parameters)[0].dtype)
+    noise = jax.random.normal(jax.random.key(0), blank.shape, jnp.float32).astype(blank.dtype)
+    seen = apply_chain(chain[:-1], parameters, blank)
     image = jnp.where(jnp.any(seen != 0), blank, noise)
-    values = chain_features(chain, parameters, image[None])
-    held, own = _head(chain, parameters), _head(chain, observed)
+    entering = apply_chain(chain[:-1], parameters, image)
+    held, own = _head(chain, parameters), _head(chain, problem.observed)
     strongest = own["kernel"][jnp.argmax(jnp.sum(own["kernel"] ** 2, axis=1))]
-    feature, slope = _factors(chain, own["kernel"], own.get("bias"), strongest, values[0])
+    feature, slope = _factors(chain, own["kernel"], own.get("bias"), strongest, entering)
     flat = jnp.full(slope.shape, 1 / slope.size, slope.dtype)
-    return Guess(image, _label(held, feature, slope, flat, training))
+    return Guess(image, _label(held, feature, slope, flat, problem.training))
 
 
-def improve(
-    chain: Chain,
-    parameters: Mapping[str, Any],
-    observed: Mapping[str, Any],
-    guess: Guess,
-    training: LocalTraining,
-    *,
-    unit_roundoff: float,
-    steps: int | jax.Array,
-) -> Guess:
+def improve(problem: Problem, guess: Guess, steps: int | jax.Array) -> Guess:
     """One more guess; pure, to be traced in float64.
 
     Args:
-      chain, training: static. parameters: by layer. observed: the same, as `observe_update` makes it.
       steps: of the solver of each convolution. Few of them keep a poor guess from growing wild.
     """
+    chain, parameters, training = problem.chain, problem.parameters, problem.training
     run = run_client(chain, parameters, guess.image[None], guess.label[None], training)
-    target, shifts = _take_off(chain, parameters, observed, run)
+    target, shifts = _take_off(problem, run)
     held, corrected = _head(chain, parameters), _head(chain, target)
-    height, width, channels = guess.image.shape
     entering, slope = run.inputs[-1][0], run.logit_gradient[0]
     feature, wanted = _factors(chain, corrected["kernel"], corrected.get("bias"), slope, entering)
     kernel, bias = held["kernel"], held.get("bias")
@@ -90,12 +70,12 @@ def improve(
         target,
         feature[None],
         # Errors of the head's input are those of its gradient.
-        unit_roundoff * jnp.max(jnp.abs(feature)) * jnp.ones_like(feature)[None],
+        problem.unit_roundoff * jnp.max(jnp.abs(feature)) * jnp.ones_like(feature)[None],
         delta[None],
         wanted[None],
-        (height, width, channels),
+        problem.image_shape,
         position=len(chain) - 1,
-        unit_roundoff=unit_roundoff,
+        unit_roundoff=problem.unit_roundoff,
         steps=steps,
         delta_shifts=shifts,
         guesses=run.inputs,
@@ -103,23 +83,21 @@ def improve(
     return Guess(found.images[0], label)
 
 
-def _take_off(
-    chain: Chain, parameters: Mapping[str, Any], observed: Mapping[str, Any], run: ClientRun
-) -> tuple[Any, list[jax.Array]]:
+def _take_off(problem: Problem, run: ClientRun) -> tuple[Any, list[jax.Array]]:
     """The observed update as it would be in the simple model, and by how much its derivatives differ from the run's."""
-    deltas = (*run.deltas, run.logit_gradient)
+    chain, deltas = problem.chain, (*run.deltas, run.logit_gradient)
     shifts = [jnp.zeros_like(delta) for delta in run.deltas]
     simple = jax.tree.map(jnp.zeros_like, run.update)
     for index in reversed(range(len(chain))):
         layer = chain[index]
         _, pull = jax.vjp(
-            lambda held, values, layer=layer: apply_layer(layer, held, values), parameters, run.inputs[index]
+            lambda held, values, layer=layer: apply_layer(layer, held, values), problem.parameters, run.inputs[index]
         )
         own, entering = pull(deltas[index])
         simple = jax.tree.map(jnp.add, simple, own)
         if 0 < index < len(chain) - 1:
             shifts[index - 1] = deltas[index - 1] - entering
-    return jax.tree.map(lambda seen, real, model: seen - (real - model), observed, run.update, simple), shifts
+    return jax.tree.map(lambda seen, real, model: seen - (real - model), problem.observed, run.update, simple), shifts
 
 
 def _head(chain: Chain, tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -137,14 +115,12 @@ def _factors(
     the run, but stays within the range of the activation before it.
     """
     right = slope / jnp.linalg.norm(slope)
-    left = gradient @ right
     for _ in range(POWERS):
         left = gradient @ right
         left = left / jnp.linalg.norm(left)
         right = gradient.T @ left
         right = right / jnp.linalg.norm(right)
     both = gradient.T @ left
-    length: jax.Array
     if bias_gradient is not None:
         length = (both @ bias_gradient) / (bias_gradient @ bias_gradient)
         return left * length, both / length
@@ -181,7 +157,6 @@ def _label(
         move = -inverse @ (jacobian.T @ gap)
         lengths = jnp.asarray(SHORTER)
         gaps = jax.vmap(lambda length: jnp.sum(lacks(label + length * move) ** 2))(lengths)
-        label = label + lengths[jnp.argmin(gaps)] * move
-        return label + (1 - jnp.sum(label)) / label.size, None
+        return with_sum_one(label + lengths[jnp.argmin(gaps)] * move), None
 
     return jax.lax.scan(step, start, None, length=NEWTON_STEPS)[0]

@@ -1,6 +1,6 @@
 """From a client's update of several local steps to its image and label, with a verdict."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +10,15 @@ import numpy as np
 from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.distances import norm
 from softinv_jax.images.layer_chain import Activation, Chain, Dense
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.local_training.certainty import LARGEST, settle
-from softinv_jax.local_training.client_run import chain_features, run_client
-from softinv_jax.local_training.defects import Guess
-from softinv_jax.local_training.search import EXPLAINED, Problem, search
+from softinv_jax.local_training.client_run import run_client
+from softinv_jax.local_training.problem import Guess, Problem
+from softinv_jax.local_training.search import EXPLAINED, search
+from softinv_jax.observation.rank_one import unit_roundoff
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover
 
@@ -69,14 +71,13 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
         raise ValueError("an activation of the chain falls and rises, so that it cannot be undone; use matching")
     counts = count_equations(chain, update.parameters, image_shape)
     problem = _problem(chain, update, image_shape)
-    found = _search(problem)
-    guess, misfit, error = found.guess, found.misfit, np.nan
+    (guess, misfit), error = search(problem), np.nan
     dtype = jnp.result_type(*jax.tree.leaves(update.gradients))
     explained = misfit < EXPLAINED
     if explained and guess.image.size + guess.label.size <= LARGEST:
-        guess, misfit, error, _ = _settle(problem, guess)
-    label, label_verdict, feature = np.asarray(guess.label), Verdict.UNIQUE, _feature(problem, guess)
-    verdict, residual = ImageVerdict.INCONSISTENT, _distance(problem, guess)
+        guess, misfit, error, _ = settle(problem, guess)
+    feature, residual = _seen(problem, guess)
+    label, label_verdict, verdict = np.asarray(guess.label), Verdict.UNIQUE, ImageVerdict.INCONSISTENT
     if explained:
         determined = all(count.determined for count in counts)
         # An error that is not known is no small one.
@@ -111,7 +112,7 @@ def can_run(chain: Chain) -> bool:
 
 @in_float64
 def _problem(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int]) -> Problem:
-    roundoff = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(update.gradients))).eps) / 2
+    roundoff = unit_roundoff(jnp.result_type(*jax.tree.leaves(update.gradients)))
     observed = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), update.gradients)
     # Of the parameters sent back, and of the gradients that the client computed.
     noise = jax.tree.map(
@@ -122,35 +123,22 @@ def _problem(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, 
     if all(not np.any(leaf) for leaf in jax.tree.leaves(update.gradients)):
         raise ValueError("the update is zero everywhere: nothing was trained, or before and after are the same file")
     parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), update.parameters)
-    return Problem(chain, parameters, observed, noise, image_shape, update.training, roundoff)
-
-
-_search = in_float64(search)
-_settle = in_float64(settle)
-
-
-def _client(chain: Chain, parameters: Mapping[str, Any], guess: Guess, training: Any) -> Any:
-    return _run(chain, parameters, guess.image[None], guess.label[None], training).update
+    return Problem(chain, image_shape, update.training, parameters, observed, noise, roundoff)
 
 
 _run = jax.jit(run_client, static_argnames=("chain", "training"))
 
 
 @in_float64
-def _feature(problem: Problem, guess: Guess) -> np.ndarray:
-    return np.asarray(chain_features(problem.chain, problem.parameters, guess.image[None])[0])
-
-
-@in_float64
-def _distance(problem: Problem, guess: Guess) -> float:
-    """Largest relative distance between an array of the guess's update and the one observed."""
-    own = _client(problem.chain, problem.parameters, guess, problem.training)
+def _seen(problem: Problem, guess: Guess) -> tuple[np.ndarray, float]:
+    """The head's input (d,), and the largest relative distance between an array of the update and the one observed."""
+    run = _run(problem.chain, problem.parameters, guess.image[None], guess.label[None], problem.training)
     distances = jax.tree.map(
-        lambda one, other: float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other)) if jnp.any(other) else 0.0,
-        own,
+        lambda one, other: float(norm(one - other) / norm(other)) if jnp.any(other) else 0.0,
+        run.update,
         problem.observed,
     )
-    return max(jax.tree.leaves(distances))
+    return np.asarray(run.inputs[-1][0]), max(jax.tree.leaves(distances))
 
 
 def _hint(chain: Chain, update: ObservedUpdate) -> Recovery:

@@ -1,20 +1,16 @@
 """From an update to the example behind it: guesses improved until they explain it, or until nothing helps."""
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.images.layer_chain import Chain
+from softinv_jax.float64 import in_float64
 from softinv_jax.local_training.anderson import Anderson
-from softinv_jax.local_training.defects import Guess, first_guess, improve
-from softinv_jax.local_training.polish import misfit_of, polish_step, with_sum_one
-from softinv_jax.observation.local_training import LocalTraining
+from softinv_jax.local_training.defects import first_guess, improve
+from softinv_jax.local_training.polish import misfit_of, polish_step, summing_to_one
+from softinv_jax.local_training.problem import Guess, Problem
 
-__all__ = ["EXPLAINED", "Found", "Problem", "misfit_at", "moved_by", "search"]
+__all__ = ["EXPLAINED", "misfit_at", "moved_by", "search"]
 
 # The client rounds every product of a sum: a few units, as in `images/exact`. Wrong images leave thousands.
 EXPLAINED = 4.0
@@ -36,94 +32,47 @@ PATIENCE, STALLED = 6, 0.7
 LABEL_RANGE = (-0.2, 1.2)  # A step beyond is cut off there.
 
 
-class Problem(NamedTuple):
-    """What the observer is told. Trees by layer, float64 on the device; noise: of each entry of `observed`."""
-
-    chain: Chain
-    parameters: Mapping[str, Any]
-    observed: Mapping[str, Any]
-    noise: Mapping[str, Any]
-    image_shape: tuple[int, int, int]
-    training: LocalTraining
-    unit_roundoff: float
+_first, _improve, _misfit, _polish = (jax.jit(step) for step in (first_guess, improve, misfit_of, polish_step))
 
 
-class Found(NamedTuple):
-    """The best guess, its misfit (see `polish.misfit_of`), and how many were made."""
-
-    guess: Guess
-    misfit: float
-    guesses: int
-
-
-@partial(jax.jit, static_argnames=("chain", "training", "image_shape"))
-def _first(chain: Chain, parameters: Any, observed: Any, image_shape: Any, training: LocalTraining) -> Guess:
-    return first_guess(chain, parameters, observed, image_shape, training)
-
-
-@partial(jax.jit, static_argnames=("chain", "training"))
-def _improve(
-    chain: Chain,
-    parameters: Any,
-    observed: Any,
-    guess: Guess,
-    training: LocalTraining,
-    unit_roundoff: jax.Array,
-    steps: jax.Array,
-) -> Guess:
-    return improve(chain, parameters, observed, guess, training, unit_roundoff=unit_roundoff, steps=steps)  # type: ignore[arg-type]
-
-
-_misfit = jax.jit(misfit_of, static_argnames=("chain", "training"))
-_polish = jax.jit(polish_step, static_argnames=("chain", "training"))
-
-
-def search(problem: Problem) -> Found:
-    """Solve one update; to be called with 64 bits enabled."""
-    guess = _first(problem.chain, problem.parameters, problem.observed, problem.image_shape, problem.training)
-    misfit, guesses, steps, tried = misfit_at(problem, guess), 0, float(FIRST_STEPS), NEAR
+@in_float64
+def search(problem: Problem) -> tuple[Guess, float]:
+    """The best guess of one update, and its misfit (see `polish.misfit_of`)."""
+    guess = _first(problem)
+    misfit, steps, tried = misfit_at(problem, guess), float(FIRST_STEPS), NEAR
     misfits: list[float] = []
     while steps <= LAST_STEPS:
-        guess, misfit, moved, made = _level(problem, guess, misfit, int(steps))
-        guesses += made
+        guess, misfit, moved = _level(problem, guess, misfit, int(steps))
         misfits.append(misfit)
         if len(misfits) > PATIENCE and misfit > STALLED * misfits[-1 - PATIENCE]:
             break
         if misfit < tried:
             polished, after = _polished(problem, guess, misfit)
             if after < EXPLAINED:
-                return Found(polished, after, guesses)
+                return polished, after
             tried = misfit / 4
         steps *= GROWTH if moved > SETTLED else GROWTH**2
-    return Found(*_polished(problem, guess, misfit), guesses)
+    return _polished(problem, guess, misfit)
 
 
-def _level(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float, float, int]:
-    """Guesses with one number of steps: the last, its misfit, how far it is from the next, and how many they were."""
+def _level(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float, float]:
+    """Guesses with one number of steps: the last, its misfit, and how far it is from the next."""
     for _ in range(NEWTON):
         guess, misfit = _newton(problem, guess, misfit, NEWTON_STEPS)
     weight = np.sqrt(guess.image.size) / 2 * max(float(jnp.std(guess.image)), 1e-3)
     mixing, moved, count = Anderson(), np.inf, 0
     while count < GUESSES and moved > SETTLED / 10:
         count += 1
-        after = _improve(
-            problem.chain,
-            problem.parameters,
-            problem.observed,
-            guess,
-            problem.training,
-            problem.unit_roundoff,
-            jnp.asarray(steps),
-        )
+        after = _improve(problem, guess, jnp.asarray(steps))
         here, there = _vector(guess, weight), _vector(after, weight)
         if not np.all(np.isfinite(there)):
-            return guess, misfit, np.inf, count
+            return guess, misfit, np.inf
         moved = float(np.linalg.norm(after.image - guess.image) / max(float(jnp.linalg.norm(after.image)), 1e-300))
         targets = (mixing.next(here, there - here), there)
         trials = [_guess(here + share * (target - here), weight, guess) for target in targets for share in SHARES]
         # The best of them, though it be worse than the last: that may lead out of a valley.
         guess, misfit = _best(problem, trials)
-    return guess, misfit, moved, count
+    return guess, misfit, moved
 
 
 def _vector(guess: Guess, weight: float) -> np.ndarray:
@@ -135,7 +84,7 @@ def _vector(guess: Guess, weight: float) -> np.ndarray:
 def _guess(vector: np.ndarray, weight: float, like: Guess) -> Guess:
     pixels = like.image.size
     image, label = vector[:pixels].reshape(like.image.shape), vector[pixels:] / weight
-    return with_sum_one(Guess(jnp.asarray(image), jnp.asarray(label)))
+    return summing_to_one(Guess(jnp.asarray(image), jnp.asarray(label)))
 
 
 def _best(problem: Problem, trials: list[Guess]) -> tuple[Guess, float]:
@@ -146,7 +95,7 @@ def _best(problem: Problem, trials: list[Guess]) -> tuple[Guess, float]:
 
 def _newton(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float]:
     """A step of Gauss-Newton, if it helps."""
-    move = _polish(*problem[:4], guess, problem.training, jnp.asarray(steps))
+    move = _polish(problem, guess, jnp.asarray(steps))
     after, reached = _best(problem, [moved_by(guess, move, length) for length in LENGTHS])
     return (after, reached) if reached < misfit else (guess, misfit)
 
@@ -165,10 +114,10 @@ def _polished(problem: Problem, guess: Guess, misfit: float) -> tuple[Guess, flo
 
 def moved_by(guess: Guess, move: Guess, length: float = 1.0) -> Guess:
     """The guess after a step, its label's sum kept."""
-    return with_sum_one(jax.tree.map(lambda value, change: value + length * change, guess, move))
+    return summing_to_one(jax.tree.map(lambda value, change: value + length * change, guess, move))
 
 
 def misfit_at(problem: Problem, guess: Guess) -> float:
     """See `polish.misfit_of`; infinite where it is not a number."""
-    found = float(_misfit(problem.chain, problem.parameters, problem.observed, problem.noise, guess, problem.training))
+    found = float(_misfit(problem, guess))
     return found if np.isfinite(found) else np.inf

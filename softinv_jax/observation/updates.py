@@ -58,8 +58,7 @@ def observe_update(
     """The gradient behind a client's update, for a client that runs plain or momentum gradient descent.
 
     The optimiser is that of `torch.optim.SGD` and of `optax.sgd`, and starts from zero: a first step from zero has no
-    momentum yet, and Nesterov's form multiplies it by 1 + momentum.
-    Adaptive optimisers (Adam) send no gradient.
+    momentum yet, and Nesterov's form multiplies it by 1 + momentum. Adaptive optimisers (Adam) send no gradient.
 
     Args:
       before: pytree of floating arrays: the parameters the client was sent.

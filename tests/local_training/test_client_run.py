@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from step_client import CHAIN, Client
 
 from softinv_jax import observe_update
 from softinv_jax.images.layer_chain import Dense, apply_chain
 from softinv_jax.local_training.client_run import run_client, run_head
+from softinv_jax.local_training.optimiser import optimiser_step, start_optimiser
 from softinv_jax.observation.local_training import LocalTraining
-from tests.local_training.conftest import CHAIN, Client
 
 RATE = 0.2
 DECAY = 0.05
@@ -60,8 +61,6 @@ def test_dampening_is_that_of_torch(mixed: Client) -> None:
     # Of one parameter with the loss 3 x + x^2.
     value = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
     optimiser = torch.optim.SGD([value], lr=0.1, momentum=0.9, dampening=0.4)
-    from softinv_jax.local_training.optimiser import optimiser_step, start_optimiser  # noqa: PLC0415
-
     with jax.enable_x64(True):
         state = start_optimiser(jnp.asarray([2.0]))
         for _ in range(3):

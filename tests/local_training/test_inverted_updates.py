@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from step_client import CHAIN, SHAPE, Client
 
 from softinv_jax import Verdict, observe_update
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
 from softinv_jax.local_training import search
 from softinv_jax.local_training.anderson import Anderson
 from softinv_jax.local_training.client_run import run_client
-from softinv_jax.local_training.defects import Guess
+from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.local_training.recovery import invert_updates
 from softinv_jax.observation.local_training import LocalTraining
-from tests.local_training.conftest import CHAIN, SHAPE, Client
 
 RATE = 0.05
 
@@ -44,7 +44,8 @@ def test_the_example_itself_is_a_fixed_point(mixed: Client) -> None:
         truth = Guess(jnp.asarray(mixed.image, jnp.float64), jnp.asarray(mixed.label, jnp.float64))
         observed = run_client(CHAIN, parameters, truth.image[None], truth.label[None], training).update
         # As compiled for the search, which the tests above have done.
-        found = search._improve(CHAIN, parameters, observed, truth, training, 2.0**-24, jnp.asarray(200))
+        problem = Problem(CHAIN, SHAPE, training, parameters, observed, observed, 2.0**-24)
+        found = search._improve(problem, truth, jnp.asarray(200))
     np.testing.assert_allclose(found.image, truth.image, atol=1e-5)
     np.testing.assert_allclose(found.label, truth.label, atol=1e-6)
 
