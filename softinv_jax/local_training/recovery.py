@@ -13,6 +13,8 @@ from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.distances import norm
 from softinv_jax.images.layer_chain import Activation, Chain, Dense
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
+from softinv_jax.labels.explanations import SHARP_LABEL
+from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.local_training.certainty import LARGEST, settle
 from softinv_jax.local_training.client_run import run_client
@@ -35,9 +37,10 @@ def invert_updates(
     """Recover the image and the label behind each update of several local steps on one example.
 
     The client is run on guesses of the example until one explains the update to its last digit; the label format is not
-    told. Then a `unique` label and, where every layer is determined and the expected error small, an `exact` image. The
-    error follows from the update's noise by the Jacobian at the solution, up to `certainty.LARGEST` unknowns. Where no
-    guess explains the update, the label is the head's hint, as `recover` gives it, and the image `inconsistent`.
+    told. Then the label is `unique` and, where every layer is determined, the image `exact`, as far as their expected
+    errors are small. These follow from the update's noise by the Jacobian at the solution, up to `certainty.LARGEST`
+    unknowns; beyond, they are not known, the label is `ambiguous` and the image `approximate`. Where no guess explains
+    the update, the label is the head's hint, as `recover` gives it, and the image `inconsistent`.
 
     Args:
       chain: the network, see `images/layer_chain`.
@@ -71,13 +74,14 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
         raise ValueError("an activation of the chain falls and rises, so that it cannot be undone; use matching")
     counts = count_equations(chain, update.parameters, image_shape)
     problem = _problem(chain, update, image_shape)
-    (guess, misfit), error = search(problem), np.nan
+    (guess, misfit), error, label_error = search(problem), np.nan, np.inf
     dtype = jnp.result_type(*jax.tree.leaves(update.gradients))
     explained = misfit < EXPLAINED
     if explained and guess.image.size + guess.label.size <= LARGEST:
-        guess, misfit, error, _ = settle(problem, guess)
+        guess, misfit, error, label_error = settle(problem, guess)
     feature, residual = _seen(problem, guess)
-    label, label_verdict, verdict = np.asarray(guess.label), Verdict.UNIQUE, ImageVerdict.INCONSISTENT
+    label, verdict = np.asarray(guess.label), ImageVerdict.INCONSISTENT
+    label_verdict = Verdict.UNIQUE if TOLERANCE * label_error <= SHARP_LABEL else Verdict.AMBIGUOUS
     if explained:
         determined = all(count.determined for count in counts)
         # An error that is not known is no small one.

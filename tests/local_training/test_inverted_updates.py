@@ -8,7 +8,7 @@ from step_client import CHAIN, SHAPE, Client
 
 from softinv_jax import Verdict, observe_update
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
-from softinv_jax.local_training import search
+from softinv_jax.local_training import recovery, search
 from softinv_jax.local_training.anderson import Anderson
 from softinv_jax.local_training.client_run import run_client
 from softinv_jax.local_training.problem import Guess, Problem
@@ -48,6 +48,14 @@ def test_the_example_itself_is_a_fixed_point(mixed: Client) -> None:
         found = search._improve(problem, truth, jnp.asarray(200))
     np.testing.assert_allclose(found.image, truth.image, atol=1e-5)
     np.testing.assert_allclose(found.label, truth.label, atol=1e-6)
+
+
+def test_nothing_is_certain_where_the_error_is_not_known(mixed: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "LARGEST", mixed.image.size)
+    found = attack(mixed, 3, 3)
+    assert found.verdict[0, 0] == ImageVerdict.APPROXIMATE
+    assert found.label_verdict[0, 0] == Verdict.AMBIGUOUS
+    assert np.isnan(found.expected_error[0, 0])
 
 
 def test_a_wrong_number_of_steps_is_found_out(mixed: Client) -> None:
