@@ -1,6 +1,7 @@
 """What all tests share: strict jax settings, a NumPy client, and compiled recoveries."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from softinv_jax.labels import recovery
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes millions of objects that live on: looking through them for cycles again and again is 4 % of the time.
 gc.set_threshold(100_000, 50, 50)
-# Compilation is most of the time the tests take; the folder is ignored by git.
+# Compilation is most of the time the tests take: little optimised machine code is made in half of it, and computes the
+# same. Programs that tests start inherit this. The folder of what is compiled is ignored by git.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

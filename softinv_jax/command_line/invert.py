@@ -49,7 +49,7 @@ client is run on guesses of the example until one explains the update to its las
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
           images, usually exact to well below a gray level; says so where it is not
 matching  makes the gradient of a dummy image resemble the one observed: any network, slow, approximate
-auto      exact where the network is a chain and its layers are determined, else matching
+auto      exact where the network is a chain and its layers are determined, each or together, else matching
 
 IMAGES.npz holds, for M = N * B images (the B of one gradient together; NaN where nothing is recovered),
   images (M, H, W, channels) on the scale of the model's input, labels (M, C), residual (M,) relative distance between
@@ -221,26 +221,27 @@ def _recover(
 ) -> "tuple[str, ImageRecovery]":
     from softinv_jax.images.determinacy import count_equations  # noqa: PLC0415
     from softinv_jax.images.inversion import invert, match  # noqa: PLC0415
+    from softinv_jax.images.joint import determined_together  # noqa: PLC0415
 
     unknown_scale = arguments.unknown_scale or (updates is not None and not updates[0].scale_known)
     if unknown_scale and arguments.refine is not None:
         raise ValueError("--refine compares gradients with their scale; leave it out, or divide by the factor")
     if model.chain is not None and arguments.method != "matching":
-        counts = count_equations(
-            model.chain, parameters, shape, 1 if arguments.batch_size == "auto" else arguments.batch_size
-        )
-        determined = all(count.determined for count in counts)
+        examples = 1 if arguments.batch_size == "auto" else arguments.batch_size
+        determined = all(count.determined for count in count_equations(model.chain, parameters, shape, examples))
+        together = determined_together(model.chain, parameters, shape, examples, len(model.chain) - 1)
         if updates is not None and determined and _tells_steps(arguments):
-            from softinv_jax.local_training.recovery import can_run, invert_updates  # noqa: PLC0415
+            from softinv_jax.images.layer_chain import can_be_undone  # noqa: PLC0415
+            from softinv_jax.local_training.recovery import invert_updates  # noqa: PLC0415
 
-            if can_run(model.chain):
+            if can_be_undone(model.chain):
                 return "client", invert_updates(
                     model.chain,
                     updates,
                     shape,
                     progress=lambda done, total: report(done, total, "running the client on guesses"),
                 )
-        if arguments.method == "exact" or determined:
+        if arguments.method == "exact" or determined or together:
             heads = None
             if updates is not None and arguments.batch_size == 1:
                 from softinv_jax.command_line.update_files import observe_heads  # noqa: PLC0415

@@ -2,18 +2,26 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
 from softinv_jax.dense_layers.recovery import DenseRecovery, recover_dense
+from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_from
-from softinv_jax.images.layer_chain import Activation, Chain, Dense, Flatten, layer_parameters
+from softinv_jax.images.joint import JointInversion, JointTask, determined_together, invert_jointly
+from softinv_jax.images.layer_chain import (
+    Activation,
+    Chain,
+    Convolution,
+    Dense,
+    Flatten,
+    can_be_undone,
+    layer_parameters,
+)
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.observation.rank_one import unit_roundoff
 
@@ -26,7 +34,7 @@ class DenseImages(NamedTuple):
     recovery: labels and what else the dense layers give. images: (B, H, W, channels), NaN where not found. deviation:
     (B,) root mean square. residual: relative distance of the gradient from that of all images together, NaN unless all
     were found; tolerated: what it may be. condition, misfit: by layer before the one that told the examples apart,
-    see `exact.ChainInversion`.
+    see `exact.ChainInversion`. joint: where those layers were solved together.
     """
 
     recovery: DenseRecovery
@@ -36,6 +44,7 @@ class DenseImages(NamedTuple):
     tolerated: float
     condition: np.ndarray
     misfit: np.ndarray
+    joint: JointInversion | None = None
 
 
 def dense_end(chain: Chain) -> tuple[int, list[str]] | None:
@@ -111,32 +120,25 @@ def invert_dense(
         # What is beyond tolerance was not called found.
         residual = float(np.max(recovery.residual)) if whole else np.nan
         return unseen._replace(deviation=deviation, residual=residual, tolerated=math.inf)
-    if not whole or not _can_be_undone(chain[:position]):
+    if not whole:
         # What comes before is solved for all examples together.
         return unseen
-    divisor = float(max(examples, recovery.rank))
-    kernel = layers.kernels[recovery.layer]
+    counts = count_equations(chain, parameters, image_shape, recovery.rank)
+    before = {layer.name for layer in chain[:position] if isinstance(layer, Convolution | Dense)}
+    singly = can_be_undone(chain[:position]) and all(count.determined for count in counts if count.layer in before)
+    if not singly and determined_together(chain, parameters, image_shape, recovery.rank, position):
+        with jax.enable_x64(True):
+            joint = invert_jointly(_task(chain, parameters, gradients, layers, recovery, found, image_shape, position))
+        images[found], deviation[found] = joint.images, joint.error
+        return unseen._replace(deviation=deviation, residual=joint.residual, joint=joint)
+    if not can_be_undone(chain[:position]):
+        return unseen
     with jax.enable_x64(True):
-        inverted, distance = _undo(
-            chain,
-            jax.tree.map(jnp.asarray, parameters),
-            jax.tree.map(jnp.asarray, gradients),
-            jnp.asarray(recovery.inputs[found], jnp.float64),
-            jnp.broadcast_to(jnp.asarray(recovery.input_deviation[found])[:, None], recovery.inputs[found].shape),
-            jnp.asarray(recovery.delta[found] @ kernel.T / divisor),
-            jnp.asarray(recovery.logit_gradient[found] / divisor),
-            image_shape,
-            position,
-            unit_roundoff(layers.dtype),
-        )
+        inverted, distance = _undo(_task(chain, parameters, gradients, layers, recovery, found, image_shape, position))
         images[found] = np.asarray(inverted.images)
         deviation[found] = np.sqrt(np.mean(np.asarray(inverted.deviation) ** 2, axis=(1, 2, 3)))
     condition, misfit = np.asarray(inverted.condition), np.asarray(inverted.misfit)
     return DenseImages(recovery, images, deviation, float(distance), tolerated, condition, misfit)
-
-
-def _can_be_undone(chain: Chain) -> bool:
-    return all(ACTIVATIONS[layer.function].invert is not None for layer in chain if isinstance(layer, Activation))
 
 
 def _noise_share(layers: DenseLayers, recovery: DenseRecovery) -> float:
@@ -148,30 +150,46 @@ def _noise_share(layers: DenseLayers, recovery: DenseRecovery) -> float:
     return float(max(shares))
 
 
-@partial(jax.jit, static_argnums=(0, 7, 8, 9))
-def _undo(
+def _task(
     chain: Chain,
     parameters: Mapping[str, Any],
     gradients: Mapping[str, Any],
-    inputs: jax.Array,
-    input_deviation: jax.Array,
-    delta: jax.Array,
-    logit_gradient: jax.Array,
+    layers: DenseLayers,
+    recovery: DenseRecovery,
+    found: np.ndarray,
     image_shape: tuple[int, int, int],
     position: int,
-    unit_roundoff: float,
-) -> tuple[ChainInversion, jax.Array]:
-    inverted = invert_from(
+) -> JointTask:
+    """What is known where the examples were told apart."""
+    divisor = float(max(len(recovery.verdict), recovery.rank))
+    inputs = recovery.inputs[found]
+    return JointTask(
         chain,
+        image_shape,
+        position,
         parameters,
         gradients,
-        inputs,
-        input_deviation,
-        delta,
-        logit_gradient,
-        image_shape,
-        position=position,
-        unit_roundoff=unit_roundoff,
+        jnp.asarray(inputs, jnp.float64),
+        jnp.broadcast_to(jnp.asarray(recovery.input_deviation[found], jnp.float64)[:, None], inputs.shape),
+        jnp.asarray(recovery.delta[found] @ layers.kernels[recovery.layer].T / divisor, jnp.float64),
+        jnp.asarray(recovery.logit_gradient[found] / divisor, jnp.float64),
+        unit_roundoff(layers.dtype),
     )
-    distance = gradient_distance(chain, parameters, gradients, inverted.images, logit_gradient)
+
+
+@jax.jit
+def _undo(task: JointTask) -> tuple[ChainInversion, jax.Array]:
+    inverted = invert_from(
+        task.chain,
+        task.parameters,
+        task.gradients,
+        task.inputs,
+        task.deviation,
+        task.delta,
+        task.logit_gradient,
+        task.image_shape,
+        position=task.position,
+        unit_roundoff=task.unit_roundoff,
+    )
+    distance = gradient_distance(task.chain, task.parameters, task.gradients, inverted.images, task.logit_gradient)
     return inverted, distance

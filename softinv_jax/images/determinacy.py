@@ -15,7 +15,7 @@ from softinv_jax.images.layer_chain import (
     layer_parameters,
 )
 
-__all__ = ["LayerCount", "count_equations"]
+__all__ = ["LayerCount", "count_equations", "equations_together"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,37 @@ def count_equations(
         forward = batch_size * math.prod(outputs) if invertible else 0
         counts.append(LayerCount(layer.name, unknowns, forward, gradient, unmet))
     return counts
+
+
+def equations_together(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    position: int,
+) -> int:
+    """Of all layers before the one at `position`, whose inputs are known: how many equations have the images at most?
+
+    From the last to the first, of a layer's output no more can be known than its entries, and its gradient adds what
+    can be independent there. An activation is taken to pass everything on: what ReLU cuts off, only the data tell.
+
+    Returns:
+      The number; zero where an entry of the images is in no equation.
+    """
+    shapes = chain_inputs(chain, parameters, image_shape)
+    known = found = batch_size * math.prod(shapes[position])
+    for index in range(position - 1, -1, -1):
+        layer, inputs, outputs = chain[index], shapes[index], shapes[index + 1]
+        if isinstance(layer, Dense | Convolution):
+            if isinstance(layer, Dense):
+                found = known + inputs[0] * min(batch_size, outputs[0])
+            else:
+                found = known + inputs[2] * _gradient_rank(layer, parameters, inputs, outputs, batch_size)
+            known = min(found, batch_size * math.prod(inputs))
+    first = next(index for index, layer in enumerate(chain) if isinstance(layer, Dense | Convolution))
+    layer = chain[first]
+    unmet = isinstance(layer, Convolution) and _unmet(layer, parameters, shapes[first], shapes[first + 1])
+    return 0 if unmet else found
 
 
 def _gradient_rank(

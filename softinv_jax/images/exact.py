@@ -27,12 +27,13 @@ from softinv_jax.images.layer_chain import (
     apply_chain,
     chain_inputs,
     layer_parameters,
+    layers_as_tree,
 )
 from softinv_jax.images.layer_equations import equations_of, solve_layer
 from softinv_jax.images.layer_operator import Geometry, sum_patches
 from softinv_jax.linear_algebra import inverse_and_log_determinant
 
-__all__ = ["ChainInversion", "gradient_distance", "invert_chain", "invert_from"]
+__all__ = ["ChainInversion", "Known", "enter_head", "gradient_distance", "invert_chain", "invert_from", "undo_layers"]
 
 # A value within so many standard deviations of its activation's limits says no more than that it is there.
 CERTAIN = 6.0
@@ -52,7 +53,7 @@ class ChainInversion(NamedTuple):
     steps: jax.Array
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What is known between two layers: values (B, ...), the loss's derivative by them, and both's deviations."""
 
     value: jax.Array
@@ -89,7 +90,7 @@ def invert_chain(
     """
     head = chain[-1]
     assert isinstance(head, Dense)
-    known, logit_gradient = _enter_head(head, parameters, gradients, features, unit_roundoff)
+    known, logit_gradient = enter_head(head, parameters, gradients, features, unit_roundoff)
     entry = len(chain) - 1
     return _descend(chain, parameters, gradients, known, logit_gradient, image_shape, entry, unit_roundoff, steps)
 
@@ -120,7 +121,7 @@ def invert_from(
         from the layer after it, where the gradients are means over steps.
       guesses: for each layer before, (B, ...) what enters it in a guess: the solvers begin there.
     """
-    known = _Known(inputs, input_deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta))
+    known = Known(inputs, input_deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta))
     return _descend(
         chain,
         parameters,
@@ -140,7 +141,7 @@ def _descend(
     chain: Chain,
     parameters: Mapping[str, Any],
     gradients: Mapping[str, Any],
-    known: _Known,
+    known: Known,
     logit_gradient: jax.Array,
     image_shape: tuple[int, int, int],
     position: int,
@@ -150,14 +151,48 @@ def _descend(
     guesses: Sequence[jax.Array] | None = None,
 ) -> ChainInversion:
     """From what enters the layer at `position` to the image."""
+    known, met = undo_layers(
+        chain,
+        parameters,
+        gradients,
+        known,
+        image_shape,
+        range(position - 1, -1, -1),
+        unit_roundoff,
+        steps,
+        delta_shifts,
+        guesses,
+    )
+    return ChainInversion(
+        known.value,
+        known.value_deviation,
+        logit_gradient,
+        # A head alone has no layer before it.
+        *(jnp.stack([getattr(one, name) for one in met]) if met else jnp.zeros(0) for name in _Met._fields),
+    )
+
+
+def undo_layers(
+    chain: Chain,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    known: Known,
+    image_shape: tuple[int, int, int],
+    layers: Sequence[int],
+    unit_roundoff: float,
+    steps: int | jax.Array = STEPS,
+    delta_shifts: Sequence[jax.Array] | None = None,
+    guesses: Sequence[jax.Array] | None = None,
+) -> tuple[Known, list[_Met]]:
+    """From what leaves the first of `layers` to what enters the last: positions that fall by one. See `invert_from`."""
     shapes = chain_inputs(chain, parameters, image_shape)
     met: list[_Met] = []
-    for index in range(position - 1, -1, -1):
+    for index in layers:
         layer, shape = chain[index], shapes[index]
         if delta_shifts is not None:
             known = known._replace(delta=known.delta + delta_shifts[index])
         if isinstance(layer, Flatten):
-            known = _Known(*(array.reshape(-1, *shape) for array in known))
+            known = Known(*(array.reshape(-1, *shape) for array in known))
         elif isinstance(layer, Activation):
             known = _undo_activation(layer, known)
         else:
@@ -169,29 +204,23 @@ def _descend(
                 centre = jnp.broadcast_to(centre if guesses is None else guesses[index], (len(known.value), *shape))
                 known, evidence = _undo_convolution(layer, held, gradient, known, shape, centre, unit_roundoff, steps)
             met.append(evidence)
-    return ChainInversion(
-        known.value,
-        known.value_deviation,
-        logit_gradient,
-        # A head alone has no layer before it.
-        *(jnp.stack([getattr(one, name) for one in met]) if met else jnp.zeros(0) for name in _Met._fields),
-    )
+    return known, met
 
 
-def _enter_head(
+def enter_head(
     head: Dense,
     parameters: Mapping[str, Any],
     gradients: Mapping[str, Any],
     features: jax.Array,
     unit_roundoff: float,
-) -> tuple[_Known, jax.Array]:
+) -> tuple[Known, jax.Array]:
     """The client's own p - y, (B, C), is what the head's gradient X^T (p - y) holds."""
     kernel = layer_parameters(parameters, head.name)["kernel"].astype(features.dtype)
     observed = layer_parameters(gradients, head.name)["kernel"].astype(features.dtype)
     logit_gradient = _dual(features)[0] @ observed
     delta = logit_gradient @ kernel.T
     deviation = 2 * unit_roundoff * jnp.max(jnp.abs(features)) * jnp.ones_like(features)
-    return _Known(features, deviation, delta, unit_roundoff * jnp.abs(delta)), logit_gradient
+    return Known(features, deviation, delta, unit_roundoff * jnp.abs(delta)), logit_gradient
 
 
 def _dual(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -206,7 +235,7 @@ def _dual(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return inverse @ unit / scale, jnp.sqrt(jnp.sqrt(jnp.sum(gram**2) * jnp.sum(inverse**2)))
 
 
-def _undo_activation(layer: Activation, known: _Known) -> _Known:
+def _undo_activation(layer: Activation, known: Known) -> Known:
     function = ACTIVATIONS[layer.function]
     value, deviation = known.value, known.value_deviation
     reach = CERTAIN * deviation
@@ -230,10 +259,10 @@ def _undo_activation(layer: Activation, known: _Known) -> _Known:
     delta_deviation = jnp.hypot(
         second * known.delta * jnp.where(first > 0, carried, 0.0), first * known.delta_deviation
     )
-    return _Known(before, jnp.where(certain, carried, jnp.inf), first * known.delta, delta_deviation)
+    return Known(before, jnp.where(certain, carried, jnp.inf), first * known.delta, delta_deviation)
 
 
-def _undo_dense(kernel: jax.Array, gradient: jax.Array, known: _Known, unit_roundoff: float) -> tuple[_Known, _Met]:
+def _undo_dense(kernel: jax.Array, gradient: jax.Array, known: Known, unit_roundoff: float) -> tuple[Known, _Met]:
     """H = pinv(delta)^T G^T. The large products stay in the gradient's own dtype: they are exact enough."""
     dual, condition = _dual(known.delta)
     # Matrix times vectors, as the matrix lies in memory: transposed, XLA would copy it first.
@@ -242,19 +271,19 @@ def _undo_dense(kernel: jax.Array, gradient: jax.Array, known: _Known, unit_roun
     deviation = noise + unit_roundoff * jnp.abs(value)
     delta = jnp.matmul(kernel, known.delta.astype(kernel.dtype).T, precision="highest").T.astype(known.delta.dtype)
     evidence = _Met(condition, jnp.zeros(()), jnp.zeros((), jnp.int32))
-    return _Known(value, deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta)), evidence
+    return Known(value, deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta)), evidence
 
 
 def _undo_convolution(
     layer: Convolution,
     held: Mapping[str, Any],
     gradient: jax.Array,
-    known: _Known,
+    known: Known,
     shape: tuple[int, ...],
     centre: jax.Array,
     unit_roundoff: float,
     steps: int | jax.Array,
-) -> tuple[_Known, _Met]:
+) -> tuple[Known, _Met]:
     dtype = known.value.dtype
     kernel, gradient = held["kernel"].astype(dtype), gradient.astype(dtype)
     bias = held["bias"].astype(dtype) if "bias" in held else jnp.zeros((kernel.shape[-1],), dtype)
@@ -294,7 +323,7 @@ def _undo_convolution(
     delta = backwards(known.delta, flat)
     delta_deviation = jnp.sqrt(backwards(known.delta_deviation**2, flat**2))
     evidence = _Met(solution.condition, solution.misfit, solution.steps)
-    return _Known(solution.value, deviation, delta, delta_deviation), evidence
+    return Known(solution.value, deviation, delta, delta_deviation), evidence
 
 
 def _centre(before: Chain) -> float:
@@ -321,7 +350,7 @@ def gradient_distance(
     """
     names = [layer.name for layer in chain if isinstance(layer, Convolution | Dense)]
     kernels = {name: layer_parameters(parameters, name) for name in names}
-    _, pullback = jax.vjp(lambda held: apply_chain(chain, _nested(held), images), kernels)
+    _, pullback = jax.vjp(lambda held: apply_chain(chain, layers_as_tree(held), images), kernels)
     (own,) = pullback(logit_gradient)
     distances = []
     for name in names:
@@ -329,15 +358,3 @@ def gradient_distance(
         size = jnp.sqrt(jnp.sum(observed**2))
         distances.append(jnp.sqrt(jnp.sum((own[name]["kernel"] - observed) ** 2)) / jnp.where(size > 0, size, 1.0))
     return jnp.max(jnp.stack(distances))
-
-
-def _nested(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Layers by full name, as a tree."""
-    tree: dict[str, Any] = {}
-    for name, layer in held.items():
-        *parents, last = name.split("/")
-        branch = tree
-        for part in parents:
-            branch = branch.setdefault(part, {})
-        branch[last] = layer
-    return tree

@@ -11,7 +11,8 @@ from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.images.dense_batches import DenseImages, dense_end, invert_dense
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.groups import group_size, invert_groups
-from softinv_jax.images.layer_chain import Chain, Convolution, Dense, layer_parameters
+from softinv_jax.images.joint import determined_together, from_head, invert_jointly, judge_joint
+from softinv_jax.images.layer_chain import Chain, Convolution, Dense, can_be_undone, layer_parameters
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
@@ -37,7 +38,8 @@ def invert(
 
     The label format is not told. `determinacy.count_equations` says beforehand whether the images are determined.
     Batches of a chain with several dense layers are told apart by those before the head, also where there are fewer
-    classes than examples; else by the head.
+    classes than examples; else by the head. Where one layer has too few equations, or an activation cannot be undone,
+    and all of them together have enough, the images are solved for as a whole (`joint`).
 
     Args:
       chain: the network, see `layer_chain`; also for other networks than the two there.
@@ -145,9 +147,12 @@ def _invert_batches(
         counts = count_equations(told.chain, told.parameters, told.image_shape, len(one.images))
         undone = len(one.condition)
         determined = all(count.determined for count in counts[len(counts) - undone :])
-        for row in np.flatnonzero(np.all(np.isfinite(one.recovery.inputs), axis=1)).tolist():
-            verdict[index, row] = _judge_dense(determined, one, row, roundoff)
+        rows = np.flatnonzero(np.all(np.isfinite(one.recovery.inputs), axis=1)).tolist()
+        for place, row in enumerate(rows):
+            verdict[index, row] = _judge_dense(determined, one, row, place, roundoff)
         condition[index, len(counts) - undone :], misfit[index, len(counts) - undone :] = one.condition, one.misfit
+        if one.joint is not None:
+            misfit[index] = one.joint.misfit
     return ImageRecovery(
         images=stacked([one.images for one in found]),
         labels=stacked([one.recovery.label for one in found]),
@@ -162,11 +167,14 @@ def _invert_batches(
     )
 
 
-def _judge_dense(determined: bool, found: DenseImages, row: int, roundoff: float) -> ImageVerdict:
+def _judge_dense(determined: bool, found: DenseImages, row: int, place: int, roundoff: float) -> ImageVerdict:
+    """Of the example in this row of the recovery, and in this place among those whose inputs were found."""
     image, error = found.images[row], float(found.deviation[row])
     scale_unknown = found.recovery.verdict[row] == Verdict.UNIDENTIFIABLE
     if not determined or scale_unknown or not np.all(np.isfinite(image)):
         return ImageVerdict.UNDETERMINED
+    if found.joint is not None:
+        return judge_joint(found.joint, place, roundoff)
     if np.isnan(found.residual):
         # Its own rows of the gradient hold it; that the rest of the gradient agrees could not be seen.
         return ImageVerdict.APPROXIMATE
@@ -195,12 +203,15 @@ def _invert_by_heads(
     roundoff = float(np.finfo(_dtype(gradients, chain)).eps)
     platform = _platform(gradients)
     size = group_size(chain, parameters, image_shape, batch_size, platform)
+    together = not (determined and can_be_undone(chain)) and determined_together(
+        chain, parameters, image_shape, batch_size, len(chain) - 1
+    )
     groups = invert_groups(
         chain,
         parameters,
         gradients,
         features,
-        np.flatnonzero(complete).tolist(),
+        [] if together else np.flatnonzero(complete).tolist(),
         image_shape,
         unit_roundoff=roundoff / 2,
         size=size,
@@ -219,6 +230,18 @@ def _invert_by_heads(
             ]
         done += len(rows)
         report(done, total)
+    for index in np.flatnonzero(complete).tolist():
+        # Of a single one that its layers give nearly exactly, more would cost a thousand times as much as they did.
+        nearly = batch_size > 1 and np.min(verdict[index]) == ImageVerdict.APPROXIMATE
+        if together or nearly:
+            own = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), dict(gradients))
+            task = from_head(chain, parameters, own, features[index], image_shape)
+            joint = invert_jointly(task, images[index] if nearly else None)
+            judged = [judge_joint(joint, row, roundoff) for row in range(batch_size)]
+            if np.sum(judged) >= np.sum(verdict[index]):
+                images[index], expected[index], verdict[index] = joint.images, joint.error, judged
+                misfit[index], residual[index] = joint.misfit, joint.residual
+            report(index + 1, total)
     report(total, total)
     return ImageRecovery(images, labels, features, label_verdict, verdict, residual, expected, condition, misfit, names)
 

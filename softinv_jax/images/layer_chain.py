@@ -24,10 +24,12 @@ __all__ = [
     "Layer",
     "apply_chain",
     "apply_layer",
+    "can_be_undone",
     "chain_inputs",
     "check_chain",
     "fcn_chain",
     "layer_parameters",
+    "layers_as_tree",
     "lenet_chain",
 ]
 
@@ -199,3 +201,20 @@ def check_chain(chain: Chain) -> None:
                 f"Convolution {layer.name!r} has strides {layer.strides} and padding {layer.padding}; strides are"
                 " positive, padding is not negative"
             )
+
+
+def can_be_undone(chain: Chain) -> bool:
+    """Whether every activation has an inverse where it is not flat; GELU and SiLU have not."""
+    return all(ACTIVATIONS[layer.function].invert is not None for layer in chain if isinstance(layer, Activation))
+
+
+def layers_as_tree(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers by full name, as the tree that `layer_parameters` looks them up in."""
+    tree: dict[str, Any] = {}
+    for name, layer in held.items():
+        *parents, last = name.split("/")
+        branch = tree
+        for part in parents:
+            branch = branch.setdefault(part, {})
+        branch[last] = layer
+    return tree

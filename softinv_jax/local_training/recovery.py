@@ -7,24 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.distances import norm
-from softinv_jax.images.layer_chain import Activation, Chain, Dense
-from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
+from softinv_jax.images.layer_chain import Chain, Dense, can_be_undone
+from softinv_jax.images.verdicts import EXPLAINED, ImageRecovery, ImageVerdict, judge_image
 from softinv_jax.labels.explanations import SHARP_LABEL
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.local_training.certainty import LARGEST, settle
 from softinv_jax.local_training.client_run import run_client
 from softinv_jax.local_training.problem import Guess, Problem
-from softinv_jax.local_training.search import EXPLAINED, search
+from softinv_jax.local_training.search import search
 from softinv_jax.observation.rank_one import unit_roundoff
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover
 
-__all__ = ["can_run", "invert_updates"]
+__all__ = ["invert_updates"]
 
 
 def invert_updates(
@@ -70,7 +69,7 @@ def invert_updates(
 def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int]) -> ImageRecovery:
     if not update.scale_known:
         raise ValueError("several local steps can be run again only if learning_rate is told")
-    if not can_run(chain):
+    if not can_be_undone(chain):
         raise ValueError("an activation of the chain falls and rises, so that it cannot be undone; use matching")
     counts = count_equations(chain, update.parameters, image_shape)
     problem = _problem(chain, update, image_shape)
@@ -107,11 +106,6 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
         misfit=np.full((1, len(layers)), misfit),
         layers=layers,
     )
-
-
-def can_run(chain: Chain) -> bool:
-    """Whether every activation can be undone."""
-    return all(ACTIVATIONS[layer.function].invert is not None for layer in chain if isinstance(layer, Activation))
 
 
 @in_float64

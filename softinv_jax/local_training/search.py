@@ -5,15 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.float64 import in_float64
+from softinv_jax.images.verdicts import EXPLAINED
 from softinv_jax.local_training.anderson import Anderson
 from softinv_jax.local_training.defects import first_guess, improve
 from softinv_jax.local_training.polish import misfit_of, polish_step, summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
 
-__all__ = ["EXPLAINED", "misfit_at", "moved_by", "search"]
+__all__ = ["misfit_at", "moved_by", "search"]
 
-# The client rounds every product of a sum: a few units, as in `images/exact`. Wrong images leave thousands.
-EXPLAINED = 4.0
 # The solver's steps for each layer: few at first, which keeps a poor guess tame, then more as the guess gets better.
 FIRST_STEPS, LAST_STEPS, GROWTH = 40, 3000, 1.25
 GUESSES = 10  # At each number of steps.
