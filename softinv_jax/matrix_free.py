@@ -8,10 +8,22 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 
-__all__ = ["TruncatedLSMR", "expected_errors", "gauss_newton_move", "random_signs", "root_mean_square"]
+__all__ = [
+    "INNER_STEPS",
+    "TruncatedLSMR",
+    "descend",
+    "expected_errors",
+    "gauss_newton_move",
+    "random_signs",
+    "root_mean_square",
+]
 
 PROBES = 8  # Random signs, for the lengths of the Jacobian's columns.
 LEAST_COLUMN = 1e-3  # Of the longest: what hardly shows in the residual is not blown up.
+# Of LSMR, for each step of Gauss-Newton: few at first, more where they gain little.
+INNER_STEPS = (100, 200, 400, 800, 1600, 3000)
+GAIN = 0.3  # Of the misfit, by one step; less is little.
+MOVES = 40
 
 
 class TruncatedLSMR(lineax.LSMR):
@@ -49,6 +61,31 @@ def gauss_newton_move(
     """
     values, push = jax.linearize(residual, point)
     return _least_squares(push, point, values, jax.tree.map(jnp.negative, values), steps, accuracy)
+
+
+def descend(
+    step: Callable[[Any, int], tuple[Any, float]], point: Any, misfit: float, until: float
+) -> tuple[Any, float]:
+    """Steps of Gauss-Newton, each of them with more of LSMR where the last one gained little.
+
+    Args:
+      step: from a point and LSMR's steps to the next point and its misfit.
+      point, misfit: to begin with. until: a misfit that is small enough.
+
+    Returns:
+      The last point whose misfit is finite, and its misfit.
+    """
+    level = 0
+    for _ in range(MOVES):
+        after, found = step(point, INNER_STEPS[level])
+        if not np.isfinite(found):
+            break
+        gain = 1 - found / misfit if np.isfinite(misfit) else 1.0
+        point, misfit = after, found
+        level += gain < GAIN
+        if misfit < until or level == len(INNER_STEPS):
+            break
+    return point, misfit
 
 
 def expected_errors(

@@ -43,8 +43,8 @@ fcn4's, tell the examples of a batch apart whatever the number of classes: --bat
 In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each
 client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
-Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet, fcn4 and mlp: the
-client is run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
+Updates of several steps (--local-steps K, --learning-rate told), all on the same --batch-size examples, for lenet, fcn4
+and mlp: the client is run on guesses of them until one explains the update to its last digit (docs/local_steps.md).
 
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
           images, usually exact to well below a gray level; says so where it is not
@@ -230,17 +230,16 @@ def _recover(
         examples = 1 if arguments.batch_size == "auto" else arguments.batch_size
         determined = all(count.determined for count in count_equations(model.chain, parameters, shape, examples))
         together = determined_together(model.chain, parameters, shape, examples, len(model.chain) - 1)
-        if updates is not None and determined and _tells_steps(arguments):
-            from softinv_jax.images.layer_chain import can_be_undone  # noqa: PLC0415
+        if updates is not None and (determined or together) and _tells_steps(arguments):
             from softinv_jax.local_training.recovery import invert_updates  # noqa: PLC0415
 
-            if can_be_undone(model.chain):
-                return "client", invert_updates(
-                    model.chain,
-                    updates,
-                    shape,
-                    progress=lambda done, total: report(done, total, "running the client on guesses"),
-                )
+            return "client", invert_updates(
+                model.chain,
+                updates,
+                shape,
+                batch_size=arguments.batch_size,
+                progress=lambda done, total: report(done, total, "running the client on guesses"),
+            )
         if arguments.method == "exact" or determined or together:
             heads = None
             if updates is not None and arguments.batch_size == 1:
@@ -283,9 +282,9 @@ def _recover(
 
 
 def _tells_steps(arguments: argparse.Namespace) -> bool:
-    """Whether updates of several steps on one example each can be solved as such."""
-    told = arguments.learning_rate is not None and arguments.local_steps > 1
-    return bool(told and arguments.batch_size == 1 and arguments.method == "auto")
+    """Whether updates of several steps on the same examples can be solved as such."""
+    told = arguments.learning_rate is not None and arguments.local_steps > 1 and arguments.batch_size != "auto"
+    return bool(told and arguments.method == "auto")
 
 
 def _apply_function(model: "Model", parameters: "Tree", statistics: "Tree") -> Any:

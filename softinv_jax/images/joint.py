@@ -8,7 +8,7 @@ and derivatives by the logits together must give the gradients of all layers, to
 undone, as GELU, only makes this begin further back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,18 +32,23 @@ from softinv_jax.images.layer_chain import (
     layers_as_tree,
 )
 from softinv_jax.images.verdicts import EXPLAINED, ImageVerdict, judge_image
-from softinv_jax.matrix_free import expected_errors, gauss_newton_move, root_mean_square
+from softinv_jax.matrix_free import INNER_STEPS, descend, expected_errors, gauss_newton_move, root_mean_square
 from softinv_jax.observation.rank_one import unit_roundoff
 
-__all__ = ["JointInversion", "JointTask", "determined_together", "from_head", "invert_jointly", "judge_joint"]
+__all__ = [
+    "JointInversion",
+    "JointTask",
+    "determined_together",
+    "first_images",
+    "from_head",
+    "invert_jointly",
+    "judge_joint",
+]
 
 # So many equations beyond the unknowns: none of them is met to rounding by accident.
 SURPLUS = 10
-# Of LSMR, for each step of Gauss-Newton: few at first, more where they gain little.
-INNER_STEPS = (100, 200, 400, 800, 1600, 3000)
-GAIN = 0.3  # Of the misfit, by one step; less is little.
 LENGTHS = (1.0, 0.5, 0.2, 0.05)  # Of a step, of which the best is taken.
-MOVES = 40
+NOISE_STARTS = 2
 NEAR = 10.0  # Misfit from which all layers go on together.
 ACCURACY = 1e-7  # Of LSMR in a step of Gauss-Newton; the next step corrects what is left.
 ERROR_ACCURACY = 1e-11  # In the draw of the error, which nothing corrects: too coarse, the error is overstated.
@@ -145,16 +150,25 @@ def invert_jointly(task: JointTask, start: np.ndarray | None = None) -> JointInv
       A `JointInversion`. Its error is that of the linearised equations at the solution: noise's part, and what they or
       the solver leave undetermined; it says nothing unless the misfit is about 1 or less.
     """
-    parameters, gradients = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, jnp.float64), (dict(task.parameters), dict(task.gradients))
-    )
-    task = replace(task, parameters=parameters, gradients=gradients)
-    images = jnp.asarray(start, jnp.float64) if start is not None else _search(task)
-    point, misfit = _settle(task, _Unknowns(images, task.logit_gradient))
+    task = _with_float64(task)
+    images = iter([jnp.asarray(start, jnp.float64)]) if start is not None else _search(task)
+    point, misfit = _settle(task, _Unknowns(next(images), task.logit_gradient))
+    for others in images:
+        if misfit < EXPLAINED:
+            break
+        after, found = _settle(task, _Unknowns(others, task.logit_gradient))
+        if found < misfit:
+            point, misfit = after, found
     size = jnp.std(point.images)
     error = np.asarray(_error(task, point, jnp.where(size > 0, size, 1.0), FINAL_STEPS)) * max(misfit, 1.0)
     residual = gradient_distance(task.chain, task.parameters, task.gradients, point.images, point.logit_gradient)
     return JointInversion(np.asarray(point.images), error, misfit, float(residual))
+
+
+@in_float64
+def first_images(task: JointTask) -> jax.Array:
+    """(B, H, W, c) images near those that `invert_jointly` ends with; also for what is no gradient, but nearly one."""
+    return next(_search(_with_float64(task)))
 
 
 def judge_joint(found: JointInversion, row: int, roundoff: float) -> ImageVerdict:
@@ -164,37 +178,37 @@ def judge_joint(found: JointInversion, row: int, roundoff: float) -> ImageVerdic
     return judge_image(True, found.residual, float(found.error[row]), found.images[row], roundoff)
 
 
-def _search(task: JointTask) -> jax.Array:
-    """Gauss-Newton on the layers that are left when those after them are undone."""
+def _with_float64(task: JointTask) -> JointTask:
+    parameters, gradients = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.float64), (dict(task.parameters), dict(task.gradients))
+    )
+    return replace(task, parameters=parameters, gradients=gradients)
+
+
+def _search(task: JointTask) -> Iterator[jax.Array]:
+    """Gauss-Newton on the layers that are left when those after them are undone; from one start, then from others."""
     end = _end(task)
     known = _undone(task, end)
-    starts = [_blank(task, end)]
-    if can_be_undone(task.chain[:end]):
-        starts.append(_undone(task, 0).value)
-    firsts = [_improved(task, end, known, start, INNER_STEPS[0]) for start in starts]
-    images, misfit, level = *min(firsts, key=lambda first: float(first[1])), 0
-    for _ in range(MOVES):
-        before = float(misfit)
-        after, found = _improved(task, end, known, images, INNER_STEPS[level])
-        misfit = float(found)
-        if not np.isfinite(misfit):
-            break
-        images = after
-        if misfit < NEAR:
-            break
-        if not misfit <= (1 - GAIN) * before:
-            level += 1
-        if level == len(INNER_STEPS):
-            break
-    return images
+    firsts = [_improved(task, end, known, start, INNER_STEPS[0]) for start in _starts(task, end)]
+
+    def step(images: jax.Array, steps: int) -> tuple[jax.Array, float]:
+        after, found = _improved(task, end, known, images, steps)
+        return after, float(found)
+
+    firsts = [first for first in firsts if jnp.isfinite(first[1])] or firsts[:1]
+    for images, misfit in sorted(firsts, key=lambda first: float(first[1])):
+        yield descend(step, images, float(misfit), NEAR)[0]
 
 
-def _blank(task: JointTask, end: int) -> jax.Array:
-    """Zeros; or noise, where layers of ReLU without biases pass nothing on of zeros."""
+def _starts(task: JointTask, end: int) -> list[jax.Array]:
+    """Blank images, what one layer after the other gives, and noise: it is what gets through ReLU without biases."""
     blank = jnp.zeros((len(task.inputs), *task.image_shape))
-    if jnp.any(apply_chain(task.chain[:end], task.parameters, blank)):
-        return blank
-    return jax.random.normal(jax.random.key(0), blank.shape, jnp.float32).astype(blank.dtype)
+    keys = jax.random.split(jax.random.key(0), NOISE_STARTS)
+    # Drawn in float32: a TPU draws no float64.
+    starts = [blank, *(jax.random.normal(key, blank.shape, jnp.float32).astype(blank.dtype) / 2 for key in keys)]
+    if can_be_undone(task.chain[:end]):
+        starts.insert(1, _undone(task, 0).value)
+    return starts
 
 
 def _settle(task: JointTask, point: _Unknowns) -> tuple[_Unknowns, float]:

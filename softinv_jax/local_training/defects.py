@@ -45,24 +45,24 @@ def first_guess(problem: Problem) -> Guess:
     strongest = own["kernel"][jnp.argmax(jnp.sum(own["kernel"] ** 2, axis=1))]
     feature, slope = _factors(chain, own["kernel"], own.get("bias"), strongest, entering)
     flat = jnp.full(slope.shape, 1 / slope.size, slope.dtype)
-    return Guess(image, _label(held, feature, slope, flat, problem.training))
+    return Guess(image[None], _label(held, feature, slope, flat, problem.training)[None])
 
 
 def improve(problem: Problem, guess: Guess, steps: int | jax.Array) -> Guess:
-    """One more guess; pure, to be traced in float64.
+    """One more guess of a single example; pure, to be traced in float64.
 
     Args:
       steps: of the solver of each convolution. Few of them keep a poor guess from growing wild.
     """
     chain, parameters, training = problem.chain, problem.parameters, problem.training
-    run = run_client(chain, parameters, guess.image[None], guess.label[None], training)
+    run = run_client(chain, parameters, guess.images, guess.labels, training)
     target, shifts = _take_off(problem, run)
     held, corrected = _head(chain, parameters), _head(chain, target)
     entering, slope = run.inputs[-1][0], run.logit_gradient[0]
     feature, wanted = _factors(chain, corrected["kernel"], corrected.get("bias"), slope, entering)
     kernel, bias = held["kernel"], held.get("bias")
-    simple_slope, simple_delta = run_head(kernel, bias, entering, guess.label, training)
-    label = _label(held, feature, wanted - (slope - simple_slope), guess.label, training)
+    simple_slope, simple_delta = run_head(kernel, bias, entering, guess.labels[0], training)
+    label = _label(held, feature, wanted - (slope - simple_slope), guess.labels[0], training)
     delta = run_head(kernel, bias, feature, label, training)[1] + (run.deltas[-1][0] - simple_delta)
     found = invert_from(
         chain,
@@ -80,7 +80,7 @@ def improve(problem: Problem, guess: Guess, steps: int | jax.Array) -> Guess:
         delta_shifts=shifts,
         guesses=run.inputs,
     )
-    return Guess(found.images[0], label)
+    return Guess(found.images, label[None])
 
 
 def _take_off(problem: Problem, run: ClientRun) -> tuple[Any, list[jax.Array]]:

@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 from softinv_jax.images.refinement import with_sum_one
 from softinv_jax.local_training.client_run import run_client
 from softinv_jax.local_training.problem import Guess, Problem
-from softinv_jax.matrix_free import gauss_newton_move, root_mean_square
+from softinv_jax.matrix_free import expected_errors, gauss_newton_move, root_mean_square
 
-__all__ = ["misfit_of", "normal_matrix", "polish_step", "steepest", "summing_to_one"]
+__all__ = ["drawn_errors", "misfit_of", "normal_matrix", "polish_step", "steepest", "summing_to_one"]
 
 COLUMNS = 8  # Of the normal matrix, made at once.
 
@@ -27,10 +27,25 @@ def polish_step(problem: Problem, guess: Guess, inner_steps: int | jax.Array) ->
     return gauss_newton_move(lambda point: _residual(problem, summing_to_one(point)), guess, inner_steps)
 
 
+def drawn_errors(problem: Problem, guess: Guess, inner_steps: int | jax.Array, accuracy: float) -> Guess:
+    """One draw of a guess's errors, see `matrix_free.expected_errors`."""
+    size = jnp.std(guess.images)
+    drawn = expected_errors(
+        lambda point: _residual(problem, summing_to_one(point)),
+        guess,
+        Guess(jnp.where(size > 0, size, 1.0), jnp.ones(())),
+        jax.random.key(1),
+        inner_steps,
+        accuracy,
+    )
+    # Of a label's sum nothing is to be found.
+    return drawn._replace(labels=drawn.labels - jnp.mean(drawn.labels, axis=-1, keepdims=True))
+
+
 def normal_matrix(problem: Problem, guess: Guess) -> jax.Array:
-    """(n, n) J^T J for the n entries of image and label, the label's sum held at 1."""
+    """(n, n) J^T J for the n entries of images and labels, the labels' sums held at 1."""
     _, push, pull, unravel = _linearised(problem, guess)
-    size = guess.image.size + guess.label.size
+    size = guess.images.size + guess.labels.size
 
     def column(number: jax.Array) -> jax.Array:
         (back,) = pull(push(unravel(jnp.zeros(size).at[number].set(1.0))))
@@ -56,10 +71,10 @@ def _linearised(problem: Problem, guess: Guess) -> tuple[Any, Callable, Callable
 
 
 def _residual(problem: Problem, guess: Guess) -> Any:
-    own = run_client(problem.chain, problem.parameters, guess.image[None], guess.label[None], problem.training).update
+    own = run_client(problem.chain, problem.parameters, guess.images, guess.labels, problem.training).update
     return jax.tree.map(lambda one, other, unit: (one - other) / unit, own, problem.observed, problem.noise)
 
 
 def summing_to_one(guess: Guess) -> Guess:
-    """The guess with `refinement.with_sum_one` of its label."""
-    return guess._replace(label=with_sum_one(guess.label))
+    """The guess with `refinement.with_sum_one` of its labels."""
+    return guess._replace(labels=with_sum_one(guess.labels))

@@ -39,7 +39,7 @@ class Problem:
 
 
 class Guess(NamedTuple):
-    """image: (H, W, c). label: (C,), of sum 1."""
+    """images: (B, H, W, c). labels: (B, C), each of sum 1."""
 
-    image: jax.Array
-    label: jax.Array
+    images: jax.Array
+    labels: jax.Array

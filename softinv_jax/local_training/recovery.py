@@ -1,24 +1,27 @@
-"""From a client's update of several local steps to its image and label, with a verdict."""
+"""From a client's update of several local steps to its images and labels, with a verdict on each."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.distances import norm
+from softinv_jax.images.joint import determined_together, first_images, from_head
 from softinv_jax.images.layer_chain import Chain, Dense, can_be_undone
 from softinv_jax.images.verdicts import EXPLAINED, ImageRecovery, ImageVerdict, judge_image
 from softinv_jax.labels.explanations import SHARP_LABEL
 from softinv_jax.labels.scalar_equation import TOLERANCE
-from softinv_jax.labels.verdicts import Recovery, Verdict
-from softinv_jax.local_training.certainty import LARGEST, settle
+from softinv_jax.labels.verdicts import Verdict
+from softinv_jax.local_training.certainty import settle
 from softinv_jax.local_training.client_run import run_client
+from softinv_jax.local_training.polish import summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
-from softinv_jax.local_training.search import search
+from softinv_jax.local_training.search import search, search_from
 from softinv_jax.observation.rank_one import unit_roundoff
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover
@@ -31,34 +34,37 @@ def invert_updates(
     updates: Sequence[ObservedUpdate],
     image_shape: tuple[int, int, int],
     *,
+    batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageRecovery:
-    """Recover the image and the label behind each update of several local steps on one example.
+    """Recover the images and labels behind each update of several local steps, all of them on the same examples.
 
-    The client is run on guesses of the example until one explains the update to its last digit; the label format is not
-    told. Then the label is `unique` and, where every layer is determined, the image `exact`, as far as their expected
-    errors are small. These follow from the update's noise by the Jacobian at the solution, up to `certainty.LARGEST`
-    unknowns; beyond, they are not known, the label is `ambiguous` and the image `approximate`. Where no guess explains
-    the update, the label is the head's hint, as `recover` gives it, and the image `inconsistent`.
+    The client is run on guesses of the examples until one explains the update to its last digit; the label format is
+    not told. Then the labels are `unique` and, where the layers are determined, the images `exact`, as far as their
+    expected errors are small, which follow from the update's noise (`certainty`). Where no guess explains the update,
+    the labels are the head's hint, as `recover` gives it, and the images `inconsistent`. Batches begin with what the
+    head tells apart in the average gradient; where it does not, they are `not_found`.
 
     Args:
       chain: the network, see `images/layer_chain`.
-      updates: from `observe_update`, with the learning rate told, for cross-entropy with a label of sum 1.
+      updates: from `observe_update`, with the learning rate told, for cross-entropy with labels of sum 1.
       image_shape: (H, W, channels).
+      batch_size: B examples, on the mean of whose losses each step is taken.
       progress: called with (updates done, updates).
 
     Returns:
-      An `ImageRecovery` of N updates, one image each; `misfit` is that of the whole update, for each layer the same.
+      An `ImageRecovery` of N updates, B images each; `misfit` is that of the whole update, for each layer the same.
 
     Raises:
-      ValueError: for an update without a learning rate, or without gradient, a chain that does not fit it, or one with
-        an activation that falls and rises (GELU, SiLU).
+      ValueError: for an update without a learning rate, or without gradient, or a chain that does not fit it.
     """
     if not updates:
         raise ValueError("no updates; give at least one")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
     parts = []
     for index, update in enumerate(updates):
-        parts.append(_invert(chain, update, image_shape))
+        parts.append(_invert(chain, update, image_shape, batch_size))
         if progress is not None:
             progress(index + 1, len(updates))
     names = [name for name in vars(parts[0]) if name != "layers"]
@@ -66,46 +72,78 @@ def invert_updates(
     return ImageRecovery(**stacked, layers=parts[0].layers)
 
 
-def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int]) -> ImageRecovery:
+def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int], batch_size: int) -> ImageRecovery:
     if not update.scale_known:
         raise ValueError("several local steps can be run again only if learning_rate is told")
-    if not can_be_undone(chain):
-        raise ValueError("an activation of the chain falls and rises, so that it cannot be undone; use matching")
-    counts = count_equations(chain, update.parameters, image_shape)
+    counts = count_equations(chain, update.parameters, image_shape, batch_size)
+    determined = all(count.determined for count in counts) or determined_together(
+        chain, update.parameters, image_shape, batch_size, len(chain) - 1
+    )
     problem = _problem(chain, update, image_shape)
-    (guess, misfit), error, label_error = search(problem), np.nan, np.inf
-    dtype = jnp.result_type(*jax.tree.leaves(update.gradients))
-    explained = misfit < EXPLAINED
-    if explained and guess.image.size + guess.label.size <= LARGEST:
-        guess, misfit, error, label_error = settle(problem, guess)
-    feature, residual = _seen(problem, guess)
-    label, verdict = np.asarray(guess.label), ImageVerdict.INCONSISTENT
-    label_verdict = Verdict.UNIQUE if TOLERANCE * label_error <= SHARP_LABEL else Verdict.AMBIGUOUS
-    if explained:
-        determined = all(count.determined for count in counts)
-        # An error that is not known is no small one.
-        expected = error if np.isfinite(error) else np.inf
-        verdict = judge_image(determined, residual, expected, np.asarray(guess.image), float(jnp.finfo(dtype).eps))
+    hint = _hint(chain, update, batch_size)
+    names = tuple(count.layer for count in counts)
+    if batch_size == 1 and can_be_undone(chain):
+        guess, misfit = search(problem)
+    elif np.all(np.isfinite(hint.feature)):
+        guess, misfit = search_from(problem, _first_guess(problem, update, hint))
     else:
-        hint = _hint(chain, update)
-        label, label_verdict, feature = np.asarray(hint.label), Verdict(int(hint.verdict)), np.asarray(hint.feature)
+        nothing = np.full((batch_size, *image_shape), np.nan)
+        return _concluded(hint, nothing, ImageVerdict.NOT_FOUND, np.nan, np.full(batch_size, np.nan), np.nan, names)
+    images = np.asarray(guess.images)
+    if not misfit < EXPLAINED:
+        _, residual = _seen(problem, guess)
+        unknown = np.full(batch_size, np.nan)
+        return _concluded(hint, images, ImageVerdict.INCONSISTENT, residual, unknown, misfit, names)
+    guess, misfit, error, label_error = settle(problem, guess)
+    images = np.asarray(guess.images)
+    features, residual = _seen(problem, guess)
+    roundoff = float(jnp.finfo(hint.label.dtype).eps)
+    # That they agree the misfit has said: parameters sent back can hold less than half of an update's digits.
+    verdicts = [judge_image(determined, 0.0, own, image, roundoff) for own, image in zip(error, images, strict=True)]
+    sharp = TOLERANCE * label_error <= SHARP_LABEL
+    label_verdict = np.where(sharp, Verdict.UNIQUE, Verdict.AMBIGUOUS)
+    found = _Hint(np.asarray(guess.labels, hint.label.dtype), features.astype(hint.label.dtype), label_verdict)
+    return _concluded(found, images, np.array(verdicts), residual, error, misfit, names)
 
-    def row(value: Any, kind: Any = dtype) -> np.ndarray:
-        return np.asarray(value, kind)[None]
 
-    layers = tuple(count.layer for count in counts)
+class _Hint(NamedTuple):
+    """Labels (B, C), features (B, d), and verdicts (B,) on the labels."""
+
+    label: np.ndarray
+    feature: np.ndarray
+    verdict: np.ndarray
+
+
+def _concluded(
+    heads: _Hint,
+    images: np.ndarray,
+    verdict: ImageVerdict | np.ndarray,
+    residual: float,
+    error: np.ndarray,
+    misfit: float,
+    layers: tuple[str, ...],
+) -> ImageRecovery:
+    """Of one update."""
+    examples = len(images)
     return ImageRecovery(
-        images=row(guess.image)[None],
-        labels=row(label)[None],
-        features=row(feature)[None],
-        label_verdict=row([label_verdict], np.int32),
-        verdict=row([verdict], np.int32),
-        residual=row(residual, np.float64),
-        expected_error=row([error], np.float64),
+        images=images[None].astype(heads.label.dtype),
+        labels=heads.label[None],
+        features=heads.feature[None],
+        label_verdict=np.asarray(heads.verdict, np.int32)[None],
+        verdict=np.broadcast_to(np.asarray(verdict, np.int32), (1, examples)),
+        residual=np.array([residual]),
+        expected_error=error[None],
         condition=np.full((1, len(layers)), np.nan),
         misfit=np.full((1, len(layers)), misfit),
         layers=layers,
     )
+
+
+@in_float64
+def _first_guess(problem: Problem, update: ObservedUpdate, hint: _Hint) -> Guess:
+    """As if the average gradient were one: what the head tells apart, and the images with these features."""
+    task = from_head(problem.chain, update.parameters, update.gradients, hint.feature, problem.image_shape)
+    return summing_to_one(Guess(first_images(task), jnp.asarray(hint.label, jnp.float64)))
 
 
 @in_float64
@@ -129,17 +167,32 @@ _run = jax.jit(run_client, static_argnames=("chain", "training"))
 
 @in_float64
 def _seen(problem: Problem, guess: Guess) -> tuple[np.ndarray, float]:
-    """The head's input (d,), and the largest relative distance between an array of the update and the one observed."""
-    run = _run(problem.chain, problem.parameters, guess.image[None], guess.label[None], problem.training)
+    """The head's inputs (B, d), and the largest relative distance of an array of the update from the one observed."""
+    run = _run(problem.chain, problem.parameters, guess.images, guess.labels, problem.training)
     distances = jax.tree.map(
         lambda one, other: float(norm(one - other) / norm(other)) if jnp.any(other) else 0.0,
         run.update,
         problem.observed,
     )
-    return np.asarray(run.inputs[-1][0]), max(jax.tree.leaves(distances))
+    return np.asarray(run.inputs[-1]), max(jax.tree.leaves(distances))
 
 
-def _hint(chain: Chain, update: ObservedUpdate) -> Recovery:
+def _hint(chain: Chain, update: ObservedUpdate, batch_size: int) -> _Hint:
+    """What the head gives of the average gradient."""
     head = chain[-1]
     assert isinstance(head, Dense)
-    return recover(observe_update_head(update, name=head.name), approximate=True)
+    observation = observe_update_head(update, name=head.name)
+    if batch_size == 1:
+        found = recover(observation, approximate=True)
+        return _Hint(*(np.asarray(part)[None] for part in (found.label, found.feature, found.verdict)))
+    classes, features = observation.weight.shape
+    if batch_size >= min(classes, features + 1):
+        raise ValueError(
+            f"batch_size = {batch_size}, but only batches smaller than the number of classes, C = {classes}, and not"
+            f" larger than the number of features, d = {features}, can be told apart"
+        )
+    batch = recover_batch(observation, batch_size)
+    if len(batch.verdict) != batch_size:  # The rank shows another number.
+        labels, inputs = (np.full((batch_size, size), np.nan, batch.label.dtype) for size in (classes, features))
+        return _Hint(labels, inputs, np.full(batch_size, Verdict.NOT_FOUND))
+    return _Hint(batch.label, batch.feature, batch.verdict)

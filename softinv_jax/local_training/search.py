@@ -10,8 +10,9 @@ from softinv_jax.local_training.anderson import Anderson
 from softinv_jax.local_training.defects import first_guess, improve
 from softinv_jax.local_training.polish import misfit_of, polish_step, summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
+from softinv_jax.matrix_free import descend
 
-__all__ = ["misfit_at", "moved_by", "search"]
+__all__ = ["misfit_at", "moved_by", "search", "search_from"]
 
 # The solver's steps for each layer: few at first, which keeps a poor guess tame, then more as the guess gets better.
 FIRST_STEPS, LAST_STEPS, GROWTH = 40, 3000, 1.25
@@ -35,8 +36,19 @@ _first, _improve, _misfit, _polish = (jax.jit(step) for step in (first_guess, im
 
 
 @in_float64
+def search_from(problem: Problem, guess: Guess) -> tuple[Guess, float]:
+    """Gauss-Newton on all of the update, from a guess that is near: what the average gradient gives of a few steps."""
+
+    def step(guess: Guess, steps: int) -> tuple[Guess, float]:
+        move = _polish(problem, guess, jnp.asarray(steps))
+        return _best(problem, [moved_by(guess, move, length) for length in LENGTHS])
+
+    return descend(step, guess, misfit_at(problem, guess), EXPLAINED / 2)
+
+
+@in_float64
 def search(problem: Problem) -> tuple[Guess, float]:
-    """The best guess of one update, and its misfit (see `polish.misfit_of`)."""
+    """The best guess of an update of one example, and its misfit (see `polish.misfit_of`)."""
     guess = _first(problem)
     misfit, steps, tried = misfit_at(problem, guess), float(FIRST_STEPS), NEAR
     misfits: list[float] = []
@@ -58,7 +70,7 @@ def _level(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[G
     """Guesses with one number of steps: the last, its misfit, and how far it is from the next."""
     for _ in range(NEWTON):
         guess, misfit = _newton(problem, guess, misfit, NEWTON_STEPS)
-    weight = np.sqrt(guess.image.size) / 2 * max(float(jnp.std(guess.image)), 1e-3)
+    weight = np.sqrt(guess.images.size) / 2 * max(float(jnp.std(guess.images)), 1e-3)
     mixing, moved, count = Anderson(), np.inf, 0
     while count < GUESSES and moved > SETTLED / 10:
         count += 1
@@ -66,7 +78,7 @@ def _level(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[G
         here, there = _vector(guess, weight), _vector(after, weight)
         if not np.all(np.isfinite(there)):
             return guess, misfit, np.inf
-        moved = float(np.linalg.norm(after.image - guess.image) / max(float(jnp.linalg.norm(after.image)), 1e-300))
+        moved = float(np.linalg.norm(after.images - guess.images) / max(float(jnp.linalg.norm(after.images)), 1e-300))
         targets = (mixing.next(here, there - here), there)
         trials = [_guess(here + share * (target - here), weight, guess) for target in targets for share in SHARES]
         # The best of them, though it be worse than the last: that may lead out of a valley.
@@ -76,14 +88,14 @@ def _level(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[G
 
 def _vector(guess: Guess, weight: float) -> np.ndarray:
     """Image and label in one; the label's errors weigh as much as those of the image that come with them."""
-    label = np.clip(np.asarray(guess.label), *LABEL_RANGE)
-    return np.concatenate([np.ravel(guess.image), weight * label])
+    labels = np.clip(np.asarray(guess.labels), *LABEL_RANGE)
+    return np.concatenate([np.ravel(guess.images), weight * np.ravel(labels)])
 
 
 def _guess(vector: np.ndarray, weight: float, like: Guess) -> Guess:
-    pixels = like.image.size
-    image, label = vector[:pixels].reshape(like.image.shape), vector[pixels:] / weight
-    return summing_to_one(Guess(jnp.asarray(image), jnp.asarray(label)))
+    pixels = like.images.size
+    images, labels = vector[:pixels].reshape(like.images.shape), vector[pixels:].reshape(like.labels.shape) / weight
+    return summing_to_one(Guess(jnp.asarray(images), jnp.asarray(labels)))
 
 
 def _best(problem: Problem, trials: list[Guess]) -> tuple[Guess, float]:

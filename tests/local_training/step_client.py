@@ -12,30 +12,38 @@ from skimage import data
 from softinv_jax.images.layer_chain import Activation, Chain, Convolution, Dense, Flatten, apply_chain
 
 SHAPE, CLASSES = (8, 8, 2), 5
-CHAIN: Chain = (
-    Convolution("conv1", (2, 2), ((1, 1), (1, 1))),
-    Activation("sigmoid"),
-    Convolution("conv2", (1, 1), ((1, 1), (1, 1))),
-    Activation("sigmoid"),
-    Flatten(),
-    Dense("head"),
-)
+
+
+def chain_of(activation: str) -> Chain:
+    return (
+        Convolution("conv1", (2, 2), ((1, 1), (1, 1))),
+        Activation(activation),
+        Convolution("conv2", (1, 1), ((1, 1), (1, 1))),
+        Activation(activation),
+        Flatten(),
+        Dense("head"),
+    )
+
+
+CHAIN = chain_of("sigmoid")
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client's model and example; float32."""
+    """A client's model and its example, or examples; float32."""
 
     parameters: Any
     image: np.ndarray
     label: np.ndarray
+    chain: Chain = CHAIN
 
     def train(self, steps: int, rate: float, transform: optax.GradientTransformation | None = None) -> Any:
         """The parameters it sends back."""
         optimiser = transform or optax.sgd(rate)
 
         def loss(held: Any) -> jax.Array:
-            return -jnp.sum(self.label * jax.nn.log_softmax(apply_chain(CHAIN, held, self.image)))
+            logits = apply_chain(self.chain, held, self.image)
+            return -jnp.mean(jnp.sum(self.label * jax.nn.log_softmax(logits), axis=-1))
 
         def step(state: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
             held, memory = state
