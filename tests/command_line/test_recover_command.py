@@ -301,16 +301,15 @@ def test_batches(tmp_path, capsys) -> None:
     prediction /= prediction.sum(axis=-1, keepdims=True)
     gradient = (np.swapaxes(prediction - labels, 1, 2) @ features / 4).astype(np.float32)
     seen = save(tmp_path / "seen.npz", {"weight": weight, "weight_gradient": gradient})
-    for size in ("4", "auto"):
-        code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--batch-size", size, "--json")
-        assert (code, errors) == (0, "")
-        assert json.loads(text)["verdicts"]["unique"] == 8
-        with np.load(tmp_path / "out.npz") as out:
-            assert out["labels"].shape == (2, 4, 40)
-            assert out["features"].shape == (2, 4, 64)
-            assert out["verdict"].tolist() == [["unique"] * 4] * 2
-            found = out["labels"][np.arange(2)[:, None], np.argsort(out["labels"].argmax(axis=2), axis=1)]
-            np.testing.assert_allclose(found, labels, atol=1e-5)
+    code, text, errors = run(capsys, "recover", seen, "--out", tmp_path / "out.npz", "--batch-size", "auto", "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(text)["verdicts"]["unique"] == 8
+    with np.load(tmp_path / "out.npz") as out:
+        assert out["labels"].shape == (2, 4, 40)
+        assert out["features"].shape == (2, 4, 64)
+        assert out["verdict"].tolist() == [["unique"] * 4] * 2
+        found = out["labels"][np.arange(2)[:, None], np.argsort(out["labels"].argmax(axis=2), axis=1)]
+        np.testing.assert_allclose(found, labels, atol=1e-5)
     rescaled = gradient * np.float32([2.5, 0.01])[:, None, None]
     seen = save(tmp_path / "seen.npz", {"weight": weight, "weight_gradient": rescaled})
     out = tmp_path / "out.npz"

@@ -65,10 +65,9 @@ def test_a_factor_is_found_or_nothing_is_claimed(dense_client, assert_dense_hone
     assert bool(found.refuted & Assumption.SCALE) == told
 
 
-@pytest.mark.parametrize("factor", [0.013, 3.0])
-def test_dense_labels_at_an_unknown_scale_are_not_told(dense_client, assert_dense_honest, factor) -> None:
+def test_dense_labels_at_an_unknown_scale_are_not_told(dense_client, assert_dense_honest) -> None:
     inputs, truth = _batch(3, "dense")
-    client = dense_client(WIDTHS, BATCH, 3, inputs=inputs, labels=truth, factor=factor)
+    client = dense_client(WIDTHS, BATCH, 3, inputs=inputs, labels=truth, factor=0.013)
     found = recover_dense(client.layers, BATCH, unknown_scale=True)
     given, _ = assert_dense_honest(found, inputs, truth)
     assert given == BATCH  # The images are known at any scale.

@@ -24,7 +24,7 @@ def attack(client: Client, steps: int, told: int, returned: object = None, rate:
     return invert_updates(client.chain, [update], SHAPE, batch_size=client.image.size // np.prod(SHAPE).item())
 
 
-def test_image_and_label_of_three_steps(mixed: Client) -> None:
+def test_image_and_label_of_three_steps(mixed: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     found = attack(mixed, 3, 3)
     assert found.verdict.tolist() == [[ImageVerdict.EXACT]]
     assert found.label_verdict.tolist() == [[Verdict.UNIQUE]]
@@ -33,6 +33,12 @@ def test_image_and_label_of_three_steps(mixed: Client) -> None:
     # One draw shows the size of the error, not more.
     assert error < 10 * found.expected_error[0, 0] < 0.1
     assert np.all(found.misfit < 4)
+    # Drawn, as where the normal equations would be too large, the error is as large as by them.
+    monkeypatch.setattr(certainty, "LARGEST", mixed.image.size)
+    drawn = attack(mixed, 3, 3)
+    assert drawn.verdict.tolist() == found.verdict.tolist()
+    assert 0.1 < drawn.expected_error[0, 0] / found.expected_error[0, 0] < 10
+    assert np.sqrt(np.mean((drawn.images[0, 0] - mixed.image) ** 2)) < 10 * drawn.expected_error[0, 0]
 
 
 def test_the_example_itself_is_a_fixed_point(mixed: Client) -> None:
@@ -47,19 +53,6 @@ def test_the_example_itself_is_a_fixed_point(mixed: Client) -> None:
         found = search._improve(problem, truth, jnp.asarray(200))
     np.testing.assert_allclose(found.images, truth.images, atol=1e-5)
     np.testing.assert_allclose(found.labels, truth.labels, atol=1e-6)
-
-
-def test_errors_that_are_drawn_are_like_those_of_the_normal_equations(
-    mixed: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = attack(mixed, 3, 3)
-    monkeypatch.setattr(certainty, "LARGEST", mixed.image.size)
-    drawn = attack(mixed, 3, 3)
-    assert drawn.verdict.tolist() == full.verdict.tolist()
-    ratio = drawn.expected_error / full.expected_error
-    assert np.all((ratio > 0.1) & (ratio < 10))
-    error = np.sqrt(np.mean((drawn.images[0, 0] - mixed.image) ** 2))
-    assert error < 10 * drawn.expected_error[0, 0]
 
 
 def test_two_images_in_two_steps_through_gelu(mixed: Client) -> None:
