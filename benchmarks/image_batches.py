@@ -5,8 +5,8 @@
 
 Networks like the paper's LeNet (three 5x5 convolutions, strides 2, 2, 1; a head without bias) with 12, 24 or 48
 channels, untrained: sigmoid with the paper's weights U(-0.5, 0.5), other activations with weights
-U(-1, 1) / sqrt(fan-in). B images behind one float32 gradient, C classes, the label format not told: half of the
-gradients have smoothed labels, half mixed ones. `by layer`, `together`: whether the equations suffice by number, layer
+U(-1, 1) / sqrt(fan-in). B images behind one float32 gradient, or behind K steps at 0.01 on all of them; C classes, the
+label format not told: half of the gradients have smoothed labels, half mixed ones. `by layer`, `together`: whether the equations suffice by number, layer
 by layer and as a whole (`determinacy`). Counted: images above 60 dB, verdicts, exact images below 40 dB (none may be),
 error over the one stated. An image not found counts as 0 dB. Seconds a gradient, after compilation. Beside it, of
 --peer-gradients each, for B up to 2: matching with Adam (cosine distance, the paper's settings) from the same labels.
@@ -28,6 +28,7 @@ from clients import load_data
 from finished_rows import FinishedRows
 from runner import Run, add_data_options, option_parser
 
+from softinv_jax import observe_update
 from softinv_jax.client import ImageDataset, SoftLabelBatch, sample_batch
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.inversion import invert, match
@@ -35,6 +36,7 @@ from softinv_jax.images.joint import determined_together
 from softinv_jax.images.layer_chain import Activation, Chain, Convolution, Dense, Flatten, apply_chain
 from softinv_jax.images.objective import MatchingSettings
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
+from softinv_jax.local_training.recovery import invert_updates
 from softinv_jax.measures.image_quality import match_images, peak_signal_to_noise_ratio
 
 FORMATS = ("smoothing", "mixup")
@@ -49,10 +51,12 @@ class Cell(NamedTuple):
     channels: int
     batch_size: int
     classes: int
+    steps: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.activation}-{self.channels}-{self.batch_size}-{self.classes}"
+        name = f"{self.activation}-{self.channels}-{self.batch_size}-{self.classes}"
+        return name if self.steps == 1 else f"{name}-{self.steps}"
 
 
 CELLS = [
@@ -67,7 +71,10 @@ CELLS = [
     Cell("silu", 24, 2, 10),
     Cell("relu", 24, 1, 10),
     Cell("relu", 48, 2, 10),
+    Cell("gelu", 24, 1, 10, steps=10),
+    Cell("gelu", 24, 2, 10, steps=2),
 ]
+RATE = 0.01
 
 
 def make_chain(activation: str) -> Chain:
@@ -120,6 +127,23 @@ def gradient_of(chain: Chain, parameters: Any, batch: SoftLabelBatch) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[None], jax.jit(jax.grad(loss))(parameters))
 
 
+def returned(chain: Chain, parameters: Any, batch: SoftLabelBatch, steps: int) -> Any:
+    """The parameters after so many steps on the batch."""
+    for _ in range(steps):
+        gradient = gradient_of(chain, parameters, batch)
+        parameters = jax.tree.map(lambda value, slope: value - np.float32(RATE) * slope[0], parameters, gradient)
+    return parameters
+
+
+def attack(cell: Cell, chain: Chain, parameters: Any, batch: SoftLabelBatch, shape: tuple[int, int, int]) -> Any:
+    """What the observer is told: the gradient and B, or the update, B, K and the rate."""
+    if cell.steps == 1:
+        return invert(chain, parameters, gradient_of(chain, parameters, batch), shape, batch_size=cell.batch_size)
+    after = returned(chain, parameters, batch, cell.steps)
+    update = observe_update(parameters, after, learning_rate=RATE, local_steps=cell.steps)
+    return invert_updates(chain, [update], shape, batch_size=cell.batch_size)
+
+
 def judge(found: ImageRecovery, batch: SoftLabelBatch, data: ImageDataset) -> dict[str, list[float]]:
     """Of one gradient's images, which come in any order. The truth is used here only."""
     truth = np.asarray(batch.images)
@@ -154,20 +178,19 @@ def measure(arguments: argparse.Namespace, data: ImageDataset, cell: Cell) -> di
     }
     for number in range(arguments.gradients + 1):
         batch = draw_batch(cell, data, FORMATS[number % 2], number)
-        gradient = gradient_of(chain, parameters, batch)
         start = time.perf_counter()
-        found = invert(chain, parameters, gradient, shape, batch_size=cell.batch_size)
+        found = attack(cell, chain, parameters, batch, shape)
         seconds = time.perf_counter() - start
         if number == 0:
             continue  # Has compiled everything; it is not among those counted.
         row["seconds"].append(seconds)
         for key, values in judge(found, batch, data).items():
             row.setdefault(key, []).extend(values)
-        if number <= arguments.peer_gradients and cell.batch_size <= LARGEST_PEER_BATCH:
+        if number <= arguments.peer_gradients and cell.batch_size <= LARGEST_PEER_BATCH and cell.steps == 1:
             matched = match(
                 partial(apply_chain, chain),
                 parameters,
-                gradient,
+                gradient_of(chain, parameters, batch),
                 shape,
                 batch_size=cell.batch_size,
                 settings=MatchingSettings(steps=arguments.peer_steps),
@@ -186,6 +209,7 @@ COLUMNS = {
     "channels": lambda row: row["channels"],
     "B": lambda row: row["batch_size"],
     "C": lambda row: row["classes"],
+    "K": lambda row: row["steps"],
     "by layer": lambda row: "yes" if row["by_layer"] else "no",
     "together": lambda row: "yes" if row["together"] else "no",
     "above 60 dB": lambda row: f"{sum(value > 60 for value in row['psnr'])} of {len(row['psnr'])}",
