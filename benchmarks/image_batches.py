@@ -8,9 +8,9 @@ channels, untrained: sigmoid with the paper's weights U(-0.5, 0.5), other activa
 U(-1, 1) / sqrt(fan-in). B images behind one float32 gradient, or behind K steps at 0.01 on all of them; C classes, the
 label format not told: half of the gradients have smoothed labels, half mixed ones. `by layer`, `together`: whether the
 equations suffice by number, layer by layer and as a whole (`determinacy`). Counted: images above 60 dB, verdicts, exact
-images below 40 dB (none may be), error over the one stated. An image not found counts as 0 dB. Seconds a gradient, after
-compilation. Beside it, of --peer-gradients each, for B up to 2 and one step: matching with Adam (cosine distance, the
-paper's settings) from the same labels.
+images below 40 dB (none may be), error over the one stated. An image not found counts as 0 dB. Seconds are of a
+gradient, after compilation. Beside it, of --peer-gradients each, for B up to 2 and one step: matching with Adam (cosine
+distance, the paper's settings) from the same labels.
 
 Rows that are there already are kept: the command can be interrupted. There is one network: `--seeds` has no effect.
 """

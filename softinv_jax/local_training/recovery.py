@@ -19,6 +19,7 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.local_training.certainty import settle
 from softinv_jax.local_training.client_run import run_client
+from softinv_jax.local_training.defects import first_guess
 from softinv_jax.local_training.polish import summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.local_training.search import search, search_from
@@ -86,6 +87,8 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
         guess, misfit = search(problem)
     elif np.all(np.isfinite(hint.feature)):
         guess, misfit = search_from(problem, _first_guess(problem, update, hint))
+    elif batch_size == 1:
+        guess, misfit = search_from(problem, _blank_guess(problem))
     else:
         nothing = np.full((batch_size, *image_shape), np.nan)
         return _concluded(hint, nothing, ImageVerdict.NOT_FOUND, np.nan, np.full(batch_size, np.nan), np.nan, names)
@@ -162,6 +165,7 @@ def _problem(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, 
     return Problem(chain, image_shape, update.training, parameters, observed, noise, roundoff)
 
 
+_blank_guess = in_float64(jax.jit(first_guess))
 _run = jax.jit(run_client, static_argnames=("chain", "training"))
 
 
