@@ -43,8 +43,8 @@ fcn4's, tell the examples of a batch apart whatever the number of classes: --bat
 In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each
 client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
 
-Updates of several steps (--local-steps K, --learning-rate told), all on the same --batch-size examples, for lenet, fcn4
-and mlp: the client is run on guesses of them until one explains the update to its last digit (docs/local_steps.md).
+Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet, fcn4 and mlp: the
+client is run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
 
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
           images, usually exact to well below a gray level; says so where it is not
@@ -237,7 +237,6 @@ def _recover(
                 model.chain,
                 updates,
                 shape,
-                batch_size=arguments.batch_size,
                 progress=lambda done, total: report(done, total, "running the client on guesses"),
             )
         if arguments.method == "exact" or determined or together:
@@ -282,9 +281,13 @@ def _recover(
 
 
 def _tells_steps(arguments: argparse.Namespace) -> bool:
-    """Whether updates of several steps on the same examples can be solved as such."""
-    told = arguments.learning_rate is not None and arguments.local_steps > 1 and arguments.batch_size != "auto"
-    return bool(told and arguments.method == "auto")
+    """Whether updates of several steps on one example each can be solved as such.
+
+    Several examples: lenet has too few equations for them, and dense layers tell more apart in the average gradient
+    than the head, with which running the client would begin.
+    """
+    told = arguments.learning_rate is not None and arguments.local_steps > 1
+    return bool(told and arguments.batch_size == 1 and arguments.method == "auto")
 
 
 def _apply_function(model: "Model", parameters: "Tree", statistics: "Tree") -> Any:

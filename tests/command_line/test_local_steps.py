@@ -69,3 +69,17 @@ def test_image_and_label_of_three_steps(files: dict, tmp_path: Path, capsys: pyt
         np.testing.assert_allclose(found["images"][0], files["image"], atol=1e-5)
         np.testing.assert_allclose(found["labels"][0], files["label"], atol=1e-5)
         assert found["label_verdict"].tolist() == ["unique"]
+
+
+def test_several_examples_are_left_to_the_layers_that_tell_them_apart(
+    files: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More examples than classes, which the head alone would refuse."""
+
+    def invert(*_: object, batch_size: int, **__: object) -> None:
+        raise ValueError(f"asked for {batch_size} in the average gradient")
+
+    monkeypatch.setattr("softinv_jax.images.inversion.invert", invert)
+    options = ("--local-steps", "3", "--learning-rate", str(RATE), "--batch-size", "6")
+    assert main(command(files, tmp_path / "images.npz", *options)) == 2
+    assert "asked for 6 in the average gradient" in capsys.readouterr().err
