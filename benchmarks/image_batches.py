@@ -31,9 +31,8 @@ from runner import Run, add_data_options, option_parser
 
 from softinv_jax import observe_update
 from softinv_jax.client import ImageDataset, SoftLabelBatch, sample_batch
-from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.inversion import invert, match
-from softinv_jax.images.joint import determined_together
 from softinv_jax.images.layer_chain import Activation, Chain, Convolution, Dense, Flatten, apply_chain
 from softinv_jax.images.objective import MatchingSettings
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict

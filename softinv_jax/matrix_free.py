@@ -36,10 +36,7 @@ class TruncatedLSMR(lineax.LSMR):
 
 def random_signs(key: jax.Array, tree: Any) -> Any:
     """1 or -1 in the place of every number of a tree: E (J^T s)^2 over such s is the square of J's columns."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    signs = [jax.random.rademacher(own, leaf.shape, leaf.dtype) for own, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, signs)
+    return _drawn(key, tree, lambda own, leaf: jax.random.rademacher(own, leaf.shape, leaf.dtype))
 
 
 def root_mean_square(tree: Any) -> jax.Array:
@@ -132,10 +129,11 @@ def _column_scale(pull: Callable, values: Any) -> Any:
 
 def _normal(key: jax.Array, tree: Any) -> Any:
     """A standard normal number in the place of every one. In float32: a TPU draws no float64."""
+    return _drawn(key, tree, lambda own, leaf: jax.random.normal(own, leaf.shape, jnp.float32).astype(leaf.dtype))
+
+
+def _drawn(key: jax.Array, tree: Any, draw: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
+    """Each leaf with a key of its own."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jax.random.normal(own, leaf.shape, jnp.float32).astype(leaf.dtype)
-        for own, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
+    return jax.tree.unflatten(structure, [draw(own, leaf) for own, leaf in zip(keys, leaves, strict=True)])

@@ -219,18 +219,16 @@ def _recover(
     report: Report,
     updates: "list[ObservedUpdate] | None",
 ) -> "tuple[str, ImageRecovery]":
-    from softinv_jax.images.determinacy import count_equations  # noqa: PLC0415
+    from softinv_jax.images.determinacy import is_determined  # noqa: PLC0415
     from softinv_jax.images.inversion import invert, match  # noqa: PLC0415
-    from softinv_jax.images.joint import determined_together  # noqa: PLC0415
 
     unknown_scale = arguments.unknown_scale or (updates is not None and not updates[0].scale_known)
     if unknown_scale and arguments.refine is not None:
         raise ValueError("--refine compares gradients with their scale; leave it out, or divide by the factor")
     if model.chain is not None and arguments.method != "matching":
         examples = 1 if arguments.batch_size == "auto" else arguments.batch_size
-        determined = all(count.determined for count in count_equations(model.chain, parameters, shape, examples))
-        together = determined_together(model.chain, parameters, shape, examples, len(model.chain) - 1)
-        if updates is not None and (determined or together) and _tells_steps(arguments):
+        determined = is_determined(model.chain, parameters, shape, examples)
+        if updates is not None and determined and _tells_steps(arguments):
             from softinv_jax.local_training.recovery import invert_updates  # noqa: PLC0415
 
             return "client", invert_updates(
@@ -239,7 +237,7 @@ def _recover(
                 shape,
                 progress=lambda done, total: report(done, total, "running the client on guesses"),
             )
-        if arguments.method == "exact" or determined or together:
+        if arguments.method == "exact" or determined:
             heads = None
             if updates is not None and arguments.batch_size == 1:
                 from softinv_jax.command_line.update_files import observe_heads  # noqa: PLC0415

@@ -10,9 +10,9 @@ import numpy as np
 
 from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
 from softinv_jax.dense_layers.recovery import DenseRecovery, recover_dense
-from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_from
-from softinv_jax.images.joint import JointInversion, JointTask, determined_together, invert_jointly
+from softinv_jax.images.joint import JointInversion, JointTask, invert_jointly
 from softinv_jax.images.layer_chain import (
     Activation,
     Chain,

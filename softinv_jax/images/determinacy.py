@@ -15,7 +15,10 @@ from softinv_jax.images.layer_chain import (
     layer_parameters,
 )
 
-__all__ = ["LayerCount", "count_equations", "equations_together"]
+__all__ = ["LayerCount", "count_equations", "determined_together", "equations_together", "is_determined"]
+
+# So many equations beyond the unknowns: none of them is met to rounding by accident.
+SURPLUS = 10
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,24 @@ def count_equations(
         forward = batch_size * math.prod(outputs) if invertible else 0
         counts.append(LayerCount(layer.name, unknowns, forward, gradient, unmet))
     return counts
+
+
+def is_determined(
+    chain: Chain, parameters: Mapping[str, Any], image_shape: tuple[int, int, int], batch_size: int = 1
+) -> bool:
+    """Whether each layer before the head is determined, or all of them together."""
+    counts = count_equations(chain, parameters, image_shape, batch_size)
+    return all(count.determined for count in counts) or determined_together(
+        chain, parameters, image_shape, batch_size, len(chain) - 1
+    )
+
+
+def determined_together(
+    chain: Chain, parameters: Mapping[str, Any], image_shape: tuple[int, int, int], batch_size: int, position: int
+) -> bool:
+    """Whether the layers before the one at `position` have equations enough; necessary, the error tells the rest."""
+    unknowns = batch_size * math.prod(image_shape)
+    return equations_together(chain, parameters, image_shape, batch_size, position) >= unknowns + SURPLUS
 
 
 def equations_together(

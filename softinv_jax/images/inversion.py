@@ -9,9 +9,9 @@ import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.images.dense_batches import DenseImages, dense_end, invert_dense
-from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.groups import group_size, invert_groups
-from softinv_jax.images.joint import determined_together, from_head, invert_jointly, judge_joint
+from softinv_jax.images.joint import from_head, invert_jointly, judge_joint
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, can_be_undone, layer_parameters
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
@@ -147,9 +147,8 @@ def _invert_batches(
         counts = count_equations(told.chain, told.parameters, told.image_shape, len(one.images))
         undone = len(one.condition)
         determined = all(count.determined for count in counts[len(counts) - undone :])
-        rows = np.flatnonzero(np.all(np.isfinite(one.recovery.inputs), axis=1)).tolist()
-        for place, row in enumerate(rows):
-            verdict[index, row] = _judge_dense(determined, one, row, place, roundoff)
+        for row in np.flatnonzero(np.all(np.isfinite(one.recovery.inputs), axis=1)).tolist():
+            verdict[index, row] = _judge_dense(determined, one, row, roundoff)
         condition[index, len(counts) - undone :], misfit[index, len(counts) - undone :] = one.condition, one.misfit
         if one.joint is not None:
             misfit[index] = one.joint.misfit
@@ -167,14 +166,13 @@ def _invert_batches(
     )
 
 
-def _judge_dense(determined: bool, found: DenseImages, row: int, place: int, roundoff: float) -> ImageVerdict:
-    """Of the example in this row of the recovery, and in this place among those whose inputs were found."""
+def _judge_dense(determined: bool, found: DenseImages, row: int, roundoff: float) -> ImageVerdict:
     image, error = found.images[row], float(found.deviation[row])
     scale_unknown = found.recovery.verdict[row] == Verdict.UNIDENTIFIABLE
     if not determined or scale_unknown or not np.all(np.isfinite(image)):
         return ImageVerdict.UNDETERMINED
     if found.joint is not None:
-        return judge_joint(found.joint, place, roundoff)
+        return judge_joint(found.joint, error, image, roundoff)
     if np.isnan(found.residual):
         # Its own rows of the gradient hold it; that the rest of the gradient agrees could not be seen.
         return ImageVerdict.APPROXIMATE
@@ -237,7 +235,10 @@ def _invert_by_heads(
             own = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), dict(gradients))
             task = from_head(chain, parameters, own, features[index], image_shape)
             joint = invert_jointly(task, images[index] if nearly else None)
-            judged = [judge_joint(joint, row, roundoff) for row in range(batch_size)]
+            judged = [
+                judge_joint(joint, float(error), image, roundoff)
+                for error, image in zip(joint.error, joint.images, strict=True)
+            ]
             if np.sum(judged) >= np.sum(verdict[index]):
                 images[index], expected[index], verdict[index] = joint.images, joint.error, judged
                 misfit[index], residual[index] = joint.misfit, joint.residual

@@ -19,7 +19,7 @@ import numpy as np
 
 from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.float64 import argmin, in_float64
-from softinv_jax.images.determinacy import count_equations, equations_together
+from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ROUNDINGS, Known, enter_head, gradient_distance, undo_layers
 from softinv_jax.images.layer_chain import (
     Activation,
@@ -38,15 +38,12 @@ from softinv_jax.observation.rank_one import unit_roundoff
 __all__ = [
     "JointInversion",
     "JointTask",
-    "determined_together",
     "first_images",
     "from_head",
     "invert_jointly",
     "judge_joint",
 ]
 
-# So many equations beyond the unknowns: none of them is met to rounding by accident.
-SURPLUS = 10
 LENGTHS = (1.0, 0.5, 0.2, 0.05)  # Of a step, of which the best is taken.
 NOISE_STARTS = 2
 NEAR = 10.0  # Misfit from which all layers go on together.
@@ -131,14 +128,6 @@ def from_head(
     )
 
 
-def determined_together(
-    chain: Chain, parameters: Mapping[str, Any], image_shape: tuple[int, int, int], batch_size: int, position: int
-) -> bool:
-    """Whether the layers before the one at `position` have equations enough; necessary, the error tells the rest."""
-    unknowns = batch_size * int(np.prod(image_shape))
-    return equations_together(chain, parameters, image_shape, batch_size, position) >= unknowns + SURPLUS
-
-
 @in_float64
 def invert_jointly(task: JointTask, start: np.ndarray | None = None) -> JointInversion:
     """Find the images; see `JointTask`.
@@ -171,11 +160,11 @@ def first_images(task: JointTask) -> jax.Array:
     return next(_search(_with_float64(task)))
 
 
-def judge_joint(found: JointInversion, row: int, roundoff: float) -> ImageVerdict:
-    """The verdict on one of the images; roundoff: of the gradient's dtype."""
+def judge_joint(found: JointInversion, error: float, image: np.ndarray, roundoff: float) -> ImageVerdict:
+    """The verdict on one of the images, with its error; roundoff: of the gradient's dtype."""
     if not found.misfit < EXPLAINED:
         return ImageVerdict.INCONSISTENT
-    return judge_image(True, found.residual, float(found.error[row]), found.images[row], roundoff)
+    return judge_image(True, found.residual, error, image, roundoff)
 
 
 def _with_float64(task: JointTask) -> JointTask:

@@ -15,9 +15,9 @@ import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
 from softinv_jax.float64 import in_float64
-from softinv_jax.local_training.polish import drawn_errors, normal_matrix, polish_step, steepest
+from softinv_jax.local_training.polish import drawn_errors, normal_matrix, steepest
 from softinv_jax.local_training.problem import Guess, Problem
-from softinv_jax.local_training.search import misfit_at, moved_by
+from softinv_jax.local_training.search import misfit_at, moved_by, newton_step
 
 __all__ = ["LARGEST", "Certain", "settle"]
 
@@ -50,12 +50,9 @@ def settle(problem: Problem, guess: Guess) -> Certain:
         return _settle_in_full(problem, guess)
     misfit = misfit_at(problem, guess)
     for _ in range(STEPS):
-        after = moved_by(guess, _polish(problem, guess, jnp.asarray(SOLVER_STEPS)))
-        reached = misfit_at(problem, after)
-        gain = 1 - reached / misfit
-        if gain > 0:
-            guess, misfit = after, reached
-        if not gain > SETTLED:
+        before = misfit
+        guess, misfit = newton_step(problem, guess, misfit, SOLVER_STEPS)
+        if not misfit < (1 - SETTLED) * before:
             break
     drawn, size = _draw(problem, guess, jnp.asarray(SOLVER_STEPS), ACCURACY), max(misfit, 1.0)
     examples = len(guess.labels)
@@ -125,4 +122,4 @@ def _diagonal_of_inverse(factor: tuple[np.ndarray, bool]) -> np.ndarray:
 
 
 _steepest, _columns = jax.jit(steepest), jax.jit(normal_matrix)
-_polish, _draw = jax.jit(polish_step), jax.jit(drawn_errors)
+_draw = jax.jit(drawn_errors)

@@ -9,9 +9,9 @@ import numpy as np
 
 from softinv_jax.batches.batch_recovery import recover_batch
 from softinv_jax.float64 import in_float64
-from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.determinacy import count_equations, is_determined
 from softinv_jax.images.distances import norm
-from softinv_jax.images.joint import determined_together, first_images, from_head
+from softinv_jax.images.joint import first_images, from_head
 from softinv_jax.images.layer_chain import Chain, Dense, can_be_undone
 from softinv_jax.images.verdicts import EXPLAINED, ImageRecovery, ImageVerdict, judge_image
 from softinv_jax.labels.explanations import SHARP_LABEL
@@ -19,10 +19,9 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.local_training.certainty import settle
 from softinv_jax.local_training.client_run import run_client
-from softinv_jax.local_training.defects import first_guess
 from softinv_jax.local_training.polish import summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
-from softinv_jax.local_training.search import search, search_from
+from softinv_jax.local_training.search import first_guess, search, search_from
 from softinv_jax.observation.rank_one import unit_roundoff
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover
@@ -77,18 +76,16 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
     if not update.scale_known:
         raise ValueError("several local steps can be run again only if learning_rate is told")
     counts = count_equations(chain, update.parameters, image_shape, batch_size)
-    determined = all(count.determined for count in counts) or determined_together(
-        chain, update.parameters, image_shape, batch_size, len(chain) - 1
-    )
+    determined = is_determined(chain, update.parameters, image_shape, batch_size)
     problem = _problem(chain, update, image_shape)
     hint = _hint(chain, update, batch_size)
     names = tuple(count.layer for count in counts)
     if batch_size == 1 and can_be_undone(chain):
         guess, misfit = search(problem)
     elif np.all(np.isfinite(hint.feature)):
-        guess, misfit = search_from(problem, _first_guess(problem, update, hint))
+        guess, misfit = search_from(problem, _guess_of_average(problem, update, hint))
     elif batch_size == 1:
-        guess, misfit = search_from(problem, _blank_guess(problem))
+        guess, misfit = search_from(problem, first_guess(problem))
     else:
         nothing = np.full((batch_size, *image_shape), np.nan)
         return _concluded(hint, nothing, ImageVerdict.NOT_FOUND, np.nan, np.full(batch_size, np.nan), np.nan, names)
@@ -143,7 +140,7 @@ def _concluded(
 
 
 @in_float64
-def _first_guess(problem: Problem, update: ObservedUpdate, hint: _Hint) -> Guess:
+def _guess_of_average(problem: Problem, update: ObservedUpdate, hint: _Hint) -> Guess:
     """As if the average gradient were one: what the head tells apart, and the images with these features."""
     task = from_head(problem.chain, update.parameters, update.gradients, hint.feature, problem.image_shape)
     return summing_to_one(Guess(first_images(task), jnp.asarray(hint.label, jnp.float64)))
@@ -165,7 +162,6 @@ def _problem(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, 
     return Problem(chain, image_shape, update.training, parameters, observed, noise, roundoff)
 
 
-_blank_guess = in_float64(jax.jit(first_guess))
 _run = jax.jit(run_client, static_argnames=("chain", "training"))
 
 

@@ -1,18 +1,20 @@
 """From an update to the example behind it: guesses improved until they explain it, or until nothing helps."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.verdicts import EXPLAINED
+from softinv_jax.local_training import defects
 from softinv_jax.local_training.anderson import Anderson
-from softinv_jax.local_training.defects import first_guess, improve
 from softinv_jax.local_training.polish import misfit_of, polish_step, summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.matrix_free import descend
 
-__all__ = ["misfit_at", "moved_by", "search", "search_from"]
+__all__ = ["first_guess", "misfit_at", "moved_by", "newton_step", "search", "search_from"]
 
 # The solver's steps for each layer: few at first, which keeps a poor guess tame, then more as the guess gets better.
 FIRST_STEPS, LAST_STEPS, GROWTH = 40, 3000, 1.25
@@ -32,18 +34,21 @@ PATIENCE, STALLED = 6, 0.7
 LABEL_RANGE = (-0.2, 1.2)  # A step beyond is cut off there.
 
 
-_first, _improve, _misfit, _polish = (jax.jit(step) for step in (first_guess, improve, misfit_of, polish_step))
+_first, _improve, _misfit, _polish = (
+    jax.jit(step) for step in (defects.first_guess, defects.improve, misfit_of, polish_step)
+)
+
+
+@in_float64
+def first_guess(problem: Problem) -> Guess:
+    """See `defects.first_guess`."""
+    return _first(problem)
 
 
 @in_float64
 def search_from(problem: Problem, guess: Guess) -> tuple[Guess, float]:
     """Gauss-Newton on all of the update, from a guess that is near: what the average gradient gives of a few steps."""
-
-    def step(guess: Guess, steps: int) -> tuple[Guess, float]:
-        move = _polish(problem, guess, jnp.asarray(steps))
-        return _best(problem, [moved_by(guess, move, length) for length in LENGTHS])
-
-    return descend(step, guess, misfit_at(problem, guess), EXPLAINED / 2)
+    return descend(partial(_moved, problem), guess, misfit_at(problem, guess), EXPLAINED / 2)
 
 
 @in_float64
@@ -69,7 +74,7 @@ def search(problem: Problem) -> tuple[Guess, float]:
 def _level(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float, float]:
     """Guesses with one number of steps: the last, its misfit, and how far it is from the next."""
     for _ in range(NEWTON):
-        guess, misfit = _newton(problem, guess, misfit, NEWTON_STEPS)
+        guess, misfit = newton_step(problem, guess, misfit, NEWTON_STEPS)
     weight = np.sqrt(guess.images.size) / 2 * max(float(jnp.std(guess.images)), 1e-3)
     mixing, moved, count = Anderson(), np.inf, 0
     while count < GUESSES and moved > SETTLED / 10:
@@ -104,10 +109,15 @@ def _best(problem: Problem, trials: list[Guess]) -> tuple[Guess, float]:
     return trials[best], misfits[best]
 
 
-def _newton(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float]:
-    """A step of Gauss-Newton, if it helps."""
+def _moved(problem: Problem, guess: Guess, steps: int) -> tuple[Guess, float]:
+    """A step of Gauss-Newton."""
     move = _polish(problem, guess, jnp.asarray(steps))
-    after, reached = _best(problem, [moved_by(guess, move, length) for length in LENGTHS])
+    return _best(problem, [moved_by(guess, move, length) for length in LENGTHS])
+
+
+def newton_step(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float]:
+    """A step of Gauss-Newton with so many of LSMR, if it helps."""
+    after, reached = _moved(problem, guess, steps)
     return (after, reached) if reached < misfit else (guess, misfit)
 
 
@@ -117,7 +127,7 @@ def _polished(problem: Problem, guess: Guess, misfit: float) -> tuple[Guess, flo
     while left >= steps and misfit >= EXPLAINED:
         left -= steps
         before = misfit
-        guess, misfit = _newton(problem, guess, misfit, steps)
+        guess, misfit = newton_step(problem, guess, misfit, steps)
         if not misfit <= (1 - GAIN) * before:
             steps *= 2
     return guess, misfit

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from skimage import data
 
-from softinv_jax.images.determinacy import count_equations
+from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.inversion import invert
 from softinv_jax.images.joint import (
     JointInversion,
-    determined_together,
     from_head,
     invert_jointly,
     judge_joint,
@@ -86,6 +85,14 @@ def jointly(chain: Chain, parameters: Any, images: np.ndarray, gradient: Any) ->
     return invert_jointly(from_head(chain, parameters, own, features, SHAPE))
 
 
+def verdicts_of(found: JointInversion) -> list[ImageVerdict]:
+    roundoff = float(np.finfo(np.float32).eps)
+    return [
+        judge_joint(found, float(error), image, roundoff)
+        for error, image in zip(found.error, found.images, strict=True)
+    ]
+
+
 def test_two_images_of_which_no_layer_has_equations_enough() -> None:
     chain, parameters, images = chain_of("sigmoid"), make_parameters(10, 8), photographs(2)
     assert not determined(chain, parameters, 2)
@@ -116,7 +123,7 @@ def test_relu_cuts_off_less_than_is_feared() -> None:
     chain, parameters, images = chain_of("relu"), make_parameters(6, 24), photographs(1)
     assert not determined(chain, parameters, 1)
     found = jointly(chain, parameters, images, gradient_of(chain, parameters, images, labels_of(1)))
-    assert judge_joint(found, 0, float(np.finfo(np.float32).eps)) == ImageVerdict.EXACT
+    assert verdicts_of(found) == [ImageVerdict.EXACT]
     assert np.all(errors(found.images, images) < np.minimum(1e-4, 6 * found.error))
 
 
@@ -129,7 +136,7 @@ def test_layers_that_say_the_same_are_not_counted_on() -> None:
     assert determined_together(chain, parameters, SHAPE, 2, len(chain) - 1)
     found = jointly(chain, parameters, images, gradient_of(chain, parameters, images, labels_of(2)))
     assert np.all(errors(found.images, images) > 0.1)
-    assert all(judge_joint(found, row, float(np.finfo(np.float32).eps)) < ImageVerdict.EXACT for row in range(2))
+    assert all(verdict < ImageVerdict.EXACT for verdict in verdicts_of(found))
 
 
 def test_too_few_equations_are_undetermined() -> None:
