@@ -42,7 +42,7 @@ from dense_clients import (
     with_noise,
 )
 from dense_peers import peeling, spear
-from finished_rows import FinishedRows
+from finished_rows import FinishedRows, add_row_options
 from matplotlib.figure import Figure
 from runner import Run, add_data_options, new_figure, option_parser, timed
 
@@ -313,8 +313,7 @@ def main() -> None:
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave peeling and SPEAR out")
     parser.add_argument("--peer-batches", type=int, default=3, help="of each row, for the peers")
     parser.add_argument("--peer-seconds", type=float, default=60.0, help="least time of SPEAR a batch")
-    parser.add_argument("--finished", action="store_true", help="the rows that are there already, and no others")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever rows are there already")
+    add_row_options(parser)
     arguments = parser.parse_args()
     chosen = [
         row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,13 @@ from typing import Any
 
 from softinv_jax.atomic_file import write_atomically
 
-__all__ = ["FinishedRows"]
+__all__ = ["FinishedRows", "add_row_options"]
+
+
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """--finished and --fresh."""
+    parser.add_argument("--finished", action="store_true", help="the rows that are there already, and no others")
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever rows are there already")
 
 
 class FinishedRows:

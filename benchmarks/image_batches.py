@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clients import load_data
-from finished_rows import FinishedRows
+from finished_rows import FinishedRows, add_row_options
 from runner import Run, add_data_options, option_parser
 
 from softinv_jax import observe_update
@@ -237,8 +237,7 @@ def main() -> None:
     parser.add_argument("--gradients", type=int, help="of each row")
     parser.add_argument("--only", nargs="+", choices=[cell.name for cell in CELLS], metavar="CELL", help="these rows")
     parser.add_argument("--peer-gradients", type=int, default=1, help="of each row, for matching")
-    parser.add_argument("--finished", action="store_true", help="the rows that are there already, and no others")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever rows are there already")
+    add_row_options(parser)
     arguments = parser.parse_args()
     run = Run("image_batches", arguments)
     arguments.gradients = arguments.gradients or run.size(1, 3, 10)

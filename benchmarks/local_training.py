@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from clients import load_data
-from finished_rows import FinishedRows
+from finished_rows import FinishedRows, add_row_options
 from images import judged
 from images import networks as image_networks
 from local_steps import clients
@@ -163,8 +163,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--steps", nargs="+", type=int)
     parser.add_argument("--peer-images", type=int, default=1, help="of each row and format, for matching")
-    parser.add_argument("--finished", action="store_true", help="the rows that are there already, and no others")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever rows are there already")
+    add_row_options(parser)
     arguments = parser.parse_args()
     run = Run("local_training", arguments)
     arguments.images = arguments.images or run.size(1, 10, 20)

@@ -91,8 +91,9 @@ def invert_chain(
     head = chain[-1]
     assert isinstance(head, Dense)
     known, logit_gradient = enter_head(head, parameters, gradients, features, unit_roundoff)
-    entry = len(chain) - 1
-    return _descend(chain, parameters, gradients, known, logit_gradient, image_shape, entry, unit_roundoff, steps)
+    layers = range(len(chain) - 2, -1, -1)
+    found = undo_layers(chain, parameters, gradients, known, image_shape, layers, unit_roundoff, steps)
+    return _at_the_image(*found, logit_gradient)
 
 
 def invert_from(
@@ -122,36 +123,7 @@ def invert_from(
       guesses: for each layer before, (B, ...) what enters it in a guess: the solvers begin there.
     """
     known = Known(inputs, input_deviation, delta, ROUNDINGS * unit_roundoff * jnp.abs(delta))
-    return _descend(
-        chain,
-        parameters,
-        gradients,
-        known,
-        logit_gradient,
-        image_shape,
-        position,
-        unit_roundoff,
-        steps,
-        delta_shifts,
-        guesses,
-    )
-
-
-def _descend(
-    chain: Chain,
-    parameters: Mapping[str, Any],
-    gradients: Mapping[str, Any],
-    known: Known,
-    logit_gradient: jax.Array,
-    image_shape: tuple[int, int, int],
-    position: int,
-    unit_roundoff: float,
-    steps: int | jax.Array,
-    delta_shifts: Sequence[jax.Array] | None = None,
-    guesses: Sequence[jax.Array] | None = None,
-) -> ChainInversion:
-    """From what enters the layer at `position` to the image."""
-    known, met = undo_layers(
+    found = undo_layers(
         chain,
         parameters,
         gradients,
@@ -163,6 +135,10 @@ def _descend(
         delta_shifts,
         guesses,
     )
+    return _at_the_image(*found, logit_gradient)
+
+
+def _at_the_image(known: Known, met: Sequence[_Met], logit_gradient: jax.Array) -> ChainInversion:
     return ChainInversion(
         known.value,
         known.value_deviation,

@@ -11,7 +11,7 @@ from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.images.dense_batches import DenseImages, dense_end, invert_dense
 from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.groups import group_size, invert_groups
-from softinv_jax.images.joint import from_head, invert_jointly, judge_joint
+from softinv_jax.images.joint import JointInversion, from_head, invert_jointly, judge_joint
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, can_be_undone, layer_parameters
 from softinv_jax.images.matching import match_gradients
 from softinv_jax.images.objective import ApplyFunction, MatchingSettings
@@ -232,19 +232,23 @@ def _invert_by_heads(
         # Of a single one that its layers give nearly exactly, more would cost a thousand times as much as they did.
         nearly = batch_size > 1 and np.min(verdict[index]) == ImageVerdict.APPROXIMATE
         if together or nearly:
-            own = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), dict(gradients))
-            task = from_head(chain, parameters, own, features[index], image_shape)
-            joint = invert_jointly(task, images[index] if nearly else None)
-            judged = [
-                judge_joint(joint, float(error), image, roundoff)
-                for error, image in zip(joint.error, joint.images, strict=True)
-            ]
+            joint, judged = _jointly(told, index, features[index], images[index] if nearly else None, roundoff)
             if np.sum(judged) >= np.sum(verdict[index]):
                 images[index], expected[index], verdict[index] = joint.images, joint.error, judged
                 misfit[index], residual[index] = joint.misfit, joint.residual
             report(index + 1, total)
     report(total, total)
     return ImageRecovery(images, labels, features, label_verdict, verdict, residual, expected, condition, misfit, names)
+
+
+def _jointly(
+    told: _Told, index: int, features: np.ndarray, start: np.ndarray | None, roundoff: float
+) -> tuple[JointInversion, list[ImageVerdict]]:
+    """One gradient's images from all layers together, and the verdicts on them."""
+    own = jax.tree.map(lambda leaf: np.asarray(leaf[index]), dict(told.gradients))
+    joint = invert_jointly(from_head(told.chain, told.parameters, own, features, told.image_shape), start)
+    examples = zip(joint.error, joint.images, strict=True)
+    return joint, [judge_joint(joint, float(error), image, roundoff) for error, image in examples]
 
 
 def _kernel_layers(chain: Chain) -> list[str]:
