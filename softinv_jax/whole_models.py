@@ -16,6 +16,7 @@ from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.batches.class_counts import ClassCounts
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
+from softinv_jax.dense_layers.many_steps import recover_over_steps
 from softinv_jax.dense_layers.recovery import DenseRecovery, recover_dense
 from softinv_jax.labels import many
 from softinv_jax.labels.losses import LossName
@@ -180,7 +181,8 @@ def recover_update(
 ) -> Recovery | BatchRecovery | ClassCounts:
     """Recover labels and features behind a client's update of a whole model; docs/frameworks.md has examples.
 
-    By the head, and where that cannot tell the examples apart, by the dense layers before it.
+    By the head, and where that cannot tell the examples apart, by the dense layers before it. Of several steps on
+    several examples by the first dense layer, if the model begins with it and ReLU (`dense_layers/many_steps`).
 
     Args:
       update: see `observe_update`.
@@ -215,6 +217,19 @@ def recover_update(
     return jax.tree.map(lambda leaf: leaf[0], found)
 
 
+def _over_steps(update: ObservedUpdate, batch_size: BatchSize, head: str | None) -> BatchRecovery | None:
+    """By the first dense layer, if that takes the model's inputs themselves; None where not all are found."""
+    names = find_dense_end(update.parameters, head=head)
+    arrays, _ = jax.tree.flatten_with_path(update.gradients)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in arrays]
+    if len(names) < 2 or any(path.rpartition("/")[0] not in names for path in paths):
+        return None
+    layers = _layers(names, update.parameters, update.gradients, "relu")
+    moved = float(np.sum(update.training.weights()))
+    found = recover_over_steps(layers, moved, batch_size, scale_known=update.scale_known)
+    return as_batch(found) if np.all(np.isfinite(found.inputs)) else None
+
+
 def _is_one(batch_size: BatchSize) -> bool:
     return isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size == 1
 
@@ -228,6 +243,10 @@ def _recover_batch(
     options: dict[str, Any],
 ) -> BatchRecovery | ClassCounts:
     options = {"unknown_scale": not update.scale_known, **options}
+    if update.training.steps > 1 and activation in ("auto", "relu"):
+        over_steps = _over_steps(update, batch_size, head)
+        if over_steps is not None:
+            return over_steps
     if len(find_dense_end(update.parameters, head=head)) < 2:
         return recover(observation, batch_size=batch_size, **options)
     by_layers = as_batch(

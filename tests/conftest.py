@@ -182,3 +182,87 @@ def quick_jit() -> Callable[[Callable], Callable]:
 @pytest.fixture(scope="session")
 def assert_honest() -> Callable[[softinv_jax.Recovery, np.ndarray], None]:
     return check_honesty
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """A client's training of dense layers: the tree it was sent, the one it sends back, its inputs and labels."""
+
+    sent: dict[str, Any]
+    returned: dict[str, Any]
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+def run_dense(
+    examples: int = 6,
+    steps: int = 4,
+    minibatch_size: int | None = None,
+    *,
+    widths: tuple[int, ...] = (48, 120, 5),
+    rate: float = 0.02,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    activation: str = "relu",
+    bias: bool = True,
+    adaptive: bool = False,
+    smoothing: float = 0.0,
+    seed: int = 0,
+) -> DenseRun:
+    """SGD in NumPy, float32, on the mean cross-entropy, as `torch.optim.SGD` steps; minibatches in a random order.
+
+    adaptive: Adam instead, without the corrections for its start.
+    """
+    rng = np.random.default_rng(seed)
+    names = [f"dense{place + 1}" for place in range(len(widths) - 2)] + ["head"]
+    sent: dict[str, Any] = {}
+    for name, before, after in zip(names, widths[:-1], widths[1:], strict=True):
+        bound = np.sqrt(1 / before)
+        sent[name] = {"kernel": rng.uniform(-bound, bound, (before, after)).astype(np.float32)}
+        if bias:
+            sent[name]["bias"] = rng.uniform(-bound, bound, after).astype(np.float32)
+    inputs = rng.normal(0.2, 1, (examples, widths[0])).astype(np.float32)
+    classes = np.eye(widths[-1])[rng.integers(0, widths[-1], examples)]
+    labels = ((1 - smoothing) * classes + smoothing / widths[-1]).astype(np.float32)
+    held = jax.tree.map(np.copy, sent)
+    first, second = (jax.tree.map(np.zeros_like, sent) for _ in range(2))
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or rng.permutation(examples).tolist()
+        size = minibatch_size or examples
+        chosen, order = order[:size], order[size:]
+        gradient = dense_gradient(held, names, inputs[chosen], labels[chosen], activation)
+        gradient = jax.tree.map(lambda own, value: own + np.float32(weight_decay) * value, gradient, held)
+        first = jax.tree.map(lambda own, value: np.float32(momentum) * value + own, gradient, first)
+        second = jax.tree.map(lambda own, value: np.float32(0.99) * value + np.float32(0.01) * own**2, gradient, second)
+        move = jax.tree.map(lambda one, two: one / (np.sqrt(two) + 1e-8), first, second) if adaptive else first
+        held = jax.tree.map(lambda value, own: (value - np.float32(rate) * own).astype(np.float32), held, move)
+    return DenseRun(sent, held, inputs, labels)
+
+
+def dense_gradient(
+    held: dict[str, Any], names: list[str], inputs: np.ndarray, labels: np.ndarray, activation: str
+) -> dict[str, Any]:
+    hidden, slopes = [inputs], []
+    for name in names:
+        values = hidden[-1] @ held[name]["kernel"] + held[name].get("bias", np.float32(0))
+        if activation == "relu":
+            hidden.append(np.maximum(values, 0))
+            slopes.append((values > 0).astype(np.float32))
+        else:
+            hidden.append(np.tanh(values))
+            slopes.append(1 - hidden[-1] ** 2)
+    delta = (softmax(values) - labels) / np.float32(len(inputs))
+    gradient = {}
+    for place in range(len(names) - 1, -1, -1):
+        gradient[names[place]] = {"kernel": hidden[place].T @ delta}
+        if "bias" in held[names[place]]:
+            gradient[names[place]]["bias"] = delta.sum(axis=0)
+        if place:
+            delta = (delta @ held[names[place]]["kernel"].T) * slopes[place - 1]
+    return {name: gradient[name] for name in held}
+
+
+@pytest.fixture(scope="session")
+def dense_run() -> Callable[..., DenseRun]:
+    return run_dense

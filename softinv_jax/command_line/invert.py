@@ -22,6 +22,7 @@ from softinv_jax.command_line.update_options import add_update_options, check_up
 if TYPE_CHECKING:
     from softinv_jax.audit.models import Model
     from softinv_jax.command_line.model_files import Tree
+    from softinv_jax.images.layer_chain import Chain
     from softinv_jax.images.verdicts import ImageRecovery
     from softinv_jax.observation.updates import ObservedUpdate
 
@@ -45,6 +46,8 @@ client. Files with PyTorch's names and layout are converted; --rename gives laye
 
 Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet, fcn4 and mlp: the
 client is run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
+On several examples (--batch-size B or auto, also in minibatches of --minibatch-size b), for mlp with ReLU: by its first
+layer, whatever the rate and the order; the labels are exact where every step is on all examples.
 
 exact     layer by layer, for networks that are a chain of invertible layers (lenet, fcn4, mlp): no iteration over
           images, usually exact to well below a gray level; says so where it is not
@@ -228,13 +231,14 @@ def _recover(
     if model.chain is not None and arguments.method != "matching":
         examples = 1 if arguments.batch_size == "auto" else arguments.batch_size
         determined = is_determined(model.chain, parameters, shape, examples)
-        if updates is not None and determined and _tells_steps(arguments):
+        if updates is not None and _tells_steps(arguments, model.chain, determined):
             from softinv_jax.local_training.recovery import invert_updates  # noqa: PLC0415
 
             return "client", invert_updates(
                 model.chain,
                 updates,
                 shape,
+                batch_size=arguments.batch_size,
                 progress=lambda done, total: report(done, total, "running the client on guesses"),
             )
         if arguments.method == "exact" or determined:
@@ -278,14 +282,19 @@ def _recover(
     return "matching", result
 
 
-def _tells_steps(arguments: argparse.Namespace) -> bool:
-    """Whether updates of several steps on one example each can be solved as such.
+def _tells_steps(arguments: argparse.Namespace, chain: "Chain", determined: bool) -> bool:
+    """Whether updates of several steps can be solved as such.
 
-    Several examples: lenet has too few equations for them, and dense layers tell more apart in the average gradient
-    than the head, with which running the client would begin.
+    Several examples: lenet has too few equations for them. mlp with ReLU tells them apart by its first layer; with
+    others its dense layers tell more apart in the average gradient than the head, with which running the client begins.
     """
-    told = arguments.learning_rate is not None and arguments.local_steps > 1
-    return bool(told and arguments.batch_size == 1 and arguments.method == "auto")
+    from softinv_jax.local_training.first_layer import begins_dense  # noqa: PLC0415
+
+    if arguments.local_steps == 1 or arguments.method != "auto":
+        return False
+    if begins_dense(chain):
+        return arguments.learning_rate is not None or arguments.batch_size != 1
+    return bool(determined and arguments.learning_rate is not None and arguments.batch_size == 1)
 
 
 def _apply_function(model: "Model", parameters: "Tree", statistics: "Tree") -> Any:

@@ -53,6 +53,7 @@ def read_updates(arguments: argparse.Namespace, to_tree: ToTree = trained_layers
                     nesterov=arguments.nesterov,
                     weight_decay=arguments.weight_decay,
                     proximal=arguments.proximal,
+                    minibatch_size=arguments.minibatch_size,
                 )
             )
     return updates

@@ -15,6 +15,7 @@ _DEFAULTS = {
     "nesterov": False,
     "weight_decay": 0.0,
     "proximal": 0.0,
+    "minibatch_size": None,
 }
 
 
@@ -32,6 +33,9 @@ def add_update_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--learning-rate", type=float, metavar="RATE", help="of the clients; left out, it is not known")
     group.add_argument("--local-steps", type=int, default=1, metavar="K", help="steps on the same examples (1)")
+    group.add_argument(
+        "--minibatch-size", type=int, metavar="b", help="examples in each of the steps, in any order (all of them)"
+    )
     group.add_argument("--momentum", type=float, default=0.0, metavar="M", help="from a fresh optimiser (0)")
     group.add_argument("--dampening", type=float, default=0.0, metavar="D", help="of the momentum (0)")
     group.add_argument("--nesterov", action="store_true", help="Nesterov's form of the momentum")

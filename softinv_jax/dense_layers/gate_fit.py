@@ -12,7 +12,17 @@ import numpy as np
 
 from softinv_jax.dense_layers.space import LayerSpace
 
-__all__ = ["GateSolution", "NextLayer", "fit_gates", "is_among", "is_credible", "next_layer", "surprise"]
+__all__ = [
+    "CREDIBLE_MISFIT",
+    "SEPARATION",
+    "GateSolution",
+    "NextLayer",
+    "fit_gates",
+    "is_among",
+    "is_credible",
+    "next_layer",
+    "surprise",
+]
 
 ROUNDS = 12
 # Root mean square of many residuals that are noise; and where rounding, whose size is known but roughly, is far below

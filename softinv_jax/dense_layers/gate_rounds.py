@@ -6,8 +6,9 @@ one is alone in it. How soft the gates are at first, and how much a delta is tru
 Where inputs are outputs of ReLU themselves, their zeros are a second way in (`sparse_inputs`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from softinv_jax.dense_layers.single_rows import SingleRow
 from softinv_jax.dense_layers.space import LayerSpace
 from softinv_jax.dense_layers.sparse_inputs import search_sparse_inputs
 
-__all__ = ["search_all_gates"]
+__all__ = ["SHARPNESS", "TRUST", "left_over", "outputs_left", "search_all_gates", "whitened"]
 
 STARTS = 64
 SHARPNESS, TRUST = (0.5, 1.0, 20.0), (0.5, 1.0, 3.0)
@@ -40,6 +41,15 @@ WORTH_A_FIT = 0.3
 SAME_GATES = 0.985
 # Of the median: rows that are less noisy than this are so because nothing is in them.
 LEAST_NOISE = 1e-3
+
+
+class Dual(Protocol):
+    """An example whose deltas are known: its inputs' duals."""
+
+    @property
+    def coordinates(self) -> np.ndarray:
+        """(B,) of its deltas."""
+        ...
 
 
 @dataclass
@@ -85,7 +95,7 @@ def search_all_gates(
     generator = np.random.default_rng(seed)
     examples = [row.solution for row in known] + others
     wanted = space.rank - len(examples)
-    deltas, weight = _whitened(space, following, known)
+    deltas, weight = whitened(space, following, known)
     found: list[GateSolution] = []
     tally, level, total = _Tally(), 0, 0
     barren_steps = barren_rounds = 0
@@ -96,7 +106,7 @@ def search_all_gates(
             break
         ways = tally.draw(generator, STARTS)
         sharp, own = np.unravel_index(ways, WAYS)
-        outputs = _outputs(space, examples + found)
+        outputs = outputs_left(space, examples + found)
         starts = generator.standard_normal((STARTS, space.rank)).astype(np.float32)
         gates, misfit = search_gates(
             deltas,
@@ -138,7 +148,7 @@ def _search_by_zeros(
     patience = min(BARREN_STARTS, SPARSE_OPERATIONS / (len(features) * space.rank**2))
     barren = 0
     while len(found) < wanted and barren < patience:
-        basis = _left_over(space, examples + found)
+        basis = left_over(space, examples + found)
         inputs = search_sparse_inputs(features @ basis, SPARSE_STARTS, generator) @ basis.T
         gates = inputs @ space.directions.T > 0
         # Another example may differ from one that is found in a single unit.
@@ -153,7 +163,7 @@ def _patience(units: int, rank: int, unknowns: int) -> int:
     return int(np.clip(OPERATIONS / operations, *BARREN_STEPS))
 
 
-def _whitened(space: LayerSpace, following: NextLayer, known: list[SingleRow]) -> tuple[jnp.ndarray, jnp.ndarray]:
+def whitened(space: LayerSpace, following: NextLayer, known: list[SingleRow]) -> tuple[jnp.ndarray, jnp.ndarray]:
     """(m, B) orthonormal columns or zeros that hold the deltas, and (m, n) the next layer's kernel, float32."""
     basis = np.eye(space.rank)
     if known:
@@ -174,17 +184,17 @@ def _orthogonal(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :])
 
 
-def _left_over(space: LayerSpace, examples: list[GateSolution]) -> np.ndarray:
+def left_over(space: LayerSpace, examples: Sequence[Dual]) -> np.ndarray:
     """(B, B - k) orthonormal: of coordinates of inputs, what the deltas that are found leave to others."""
     if not examples:
         return np.eye(space.rank)
     return _orthogonal(np.stack([one.coordinates / space.singular_values for one in examples], axis=1))
 
 
-def _outputs(space: LayerSpace, examples: list[GateSolution]) -> np.ndarray:
+def outputs_left(space: LayerSpace, examples: Sequence[Dual]) -> np.ndarray:
     """(m, B) orthonormal columns, or zeros: what the layer makes of inputs that can be the others', float32."""
     outputs = np.zeros(space.left.shape, np.float32)
-    basis = _left_over(space, examples)
+    basis = left_over(space, examples)
     directions = space.directions @ basis
     # What a gate says does not depend on its unit's size.
     directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-300)

@@ -28,7 +28,7 @@ from softinv_jax.labels.assumptions import Assumption
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 
-__all__ = ["DenseRecovery", "recover_dense"]
+__all__ = ["MOST_NOISE", "DenseRecovery", "nothing_recovered", "recover_dense"]
 
 # Share of the units that a client closes at random, at least.
 FEWEST_DROPPED = 0.01
@@ -122,11 +122,11 @@ def recover_dense(
         if assembled.complete and not np.any(wrong):
             break
     if best is None:
-        return _nothing(layers, told or 1)
+        return nothing_recovered(layers, told or 1)
     _, chosen, assembled = best
     total = told or chosen.space.rank
     if not len(assembled.inputs):
-        return _nothing(layers, total, chosen)
+        return nothing_recovered(layers, total, chosen)
     # How many examples leave no gradient at all is not known, and so not what the mean was divided by.
     missing = 0 if reduction == "sum" else None if told is None else max(told - chosen.space.rank, 0)
     labels = find_labels(layers, chosen.index, assembled, unknown_scale=unknown_scale, missing=missing)
@@ -299,7 +299,7 @@ def _tolerated(
     return np.asarray(tolerated + corner)
 
 
-def _nothing(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None) -> DenseRecovery:
+def nothing_recovered(layers: DenseLayers, total: int, chosen: ChosenLayer | None = None) -> DenseRecovery:
     """Where no example was found: the gradient is zero, or no layer has equations to spare, or the search ended."""
     signal = any(np.any(gradient) for gradient in layers.kernel_gradients)
     index = 0 if chosen is None else chosen.index

@@ -25,7 +25,7 @@ from softinv_jax.images.layer_chain import (
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.observation.rank_one import unit_roundoff
 
-__all__ = ["DenseImages", "dense_end", "invert_dense"]
+__all__ = ["DenseImages", "chain_layers", "dense_end", "invert_dense"]
 
 
 class DenseImages(NamedTuple):
@@ -66,9 +66,10 @@ def dense_end(chain: Chain) -> tuple[int, list[str]] | None:
     return (start, activations) if activations else None
 
 
-def _layers(
+def chain_layers(
     chain: Chain, start: int, activations: list[str], parameters: Mapping[str, Any], gradients: Mapping[str, Any]
 ) -> DenseLayers:
+    """The dense end of a chain, see `dense_end`, as arrays; gradients: of one batch."""
     names = [layer.name for layer in chain[start:] if isinstance(layer, Dense)]
     held = [{part: np.asarray(array) for part, array in layer_parameters(parameters, name).items()} for name in names]
     given = [{part: np.asarray(array) for part, array in layer_parameters(gradients, name).items()} for name in names]
@@ -101,7 +102,7 @@ def invert_dense(
     end = dense_end(chain)
     assert end is not None
     start, activations = end
-    layers = _layers(chain, start, activations, parameters, gradients)
+    layers = chain_layers(chain, start, activations, parameters, gradients)
     recovery = recover_dense(layers, batch_size, unknown_scale=unknown_scale, progress=progress)
     examples = len(recovery.verdict)
     found = np.all(np.isfinite(recovery.inputs), axis=1)

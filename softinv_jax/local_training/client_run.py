@@ -30,10 +30,8 @@ class ClientRun(NamedTuple):
 
 def sent_update(sent: Any, returned: Any, training: LocalTraining) -> Any:
     """The mean gradient that `observe_update` would make of the parameters sent and returned."""
-    divisor = float(training.weights().sum())
-    return jax.tree.map(
-        lambda before, after: (before - after) / divisor - training.weight_decay * before, sent, returned
-    )
+    divisor, shrinkage = float(training.weights().sum()), training.shrinkage()
+    return jax.tree.map(lambda before, after: (shrinkage * before - after) / divisor, sent, returned)
 
 
 def run_client(

@@ -12,7 +12,7 @@ from softinv_jax.local_training.client_run import run_client
 from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.matrix_free import expected_errors, gauss_newton_move, root_mean_square
 
-__all__ = ["drawn_errors", "misfit_of", "normal_matrix", "polish_step", "steepest", "summing_to_one"]
+__all__ = ["drawn_errors", "label_step", "misfit_of", "normal_matrix", "polish_step", "steepest", "summing_to_one"]
 
 COLUMNS = 8  # Of the normal matrix, made at once.
 
@@ -25,6 +25,15 @@ def misfit_of(problem: Problem, guess: Guess) -> jax.Array:
 def polish_step(problem: Problem, guess: Guess, inner_steps: int | jax.Array) -> Guess:
     """How one step of Gauss-Newton moves a guess: by LSMR, which needs so many products with the Jacobian."""
     return gauss_newton_move(lambda point: _residual(problem, summing_to_one(point)), guess, inner_steps)
+
+
+def label_step(problem: Problem, guess: Guess, inner_steps: int | jax.Array) -> Guess:
+    """The same for the labels alone, where the images are known."""
+
+    def residual(labels: jax.Array) -> Any:
+        return _residual(problem, summing_to_one(guess._replace(labels=labels)))
+
+    return Guess(jnp.zeros_like(guess.images), gauss_newton_move(residual, guess.labels, inner_steps))
 
 
 def drawn_errors(problem: Problem, guess: Guess, inner_steps: int | jax.Array, accuracy: float) -> Guess:

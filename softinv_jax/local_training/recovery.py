@@ -1,13 +1,14 @@
 """From a client's update of several local steps to its images and labels, with a verdict on each."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import recover_batch
+from softinv_jax.dense_layers.recovery import DenseRecovery
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.determinacy import count_equations, is_determined
 from softinv_jax.images.distances import norm
@@ -19,9 +20,10 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.local_training.certainty import settle
 from softinv_jax.local_training.client_run import run_client
+from softinv_jax.local_training.first_layer import begins_dense, in_own_span, labels_by_trial, recover_first_layer
 from softinv_jax.local_training.polish import summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
-from softinv_jax.local_training.search import first_guess, search, search_from
+from softinv_jax.local_training.search import first_guess, search, search_from, search_labels
 from softinv_jax.observation.rank_one import unit_roundoff
 from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover
@@ -34,10 +36,10 @@ def invert_updates(
     updates: Sequence[ObservedUpdate],
     image_shape: tuple[int, int, int],
     *,
-    batch_size: int = 1,
+    batch_size: int | Literal["auto"] = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageRecovery:
-    """Recover the images and labels behind each update of several local steps, all of them on the same examples.
+    """Recover the images and labels behind each update of several local steps.
 
     The client is run on guesses of the examples until one explains the update to its last digit; the label format is
     not told. Then the labels are `unique` and, where the layers are determined, the images `exact`, as far as their
@@ -45,11 +47,16 @@ def invert_updates(
     the labels are the head's hint, as `recover` gives it, and the images `inconsistent`. Batches begin with what the
     head tells apart in the average gradient; where it does not, they are `not_found`.
 
+    Of a chain that begins with a dense layer and ReLU the images of any batch follow from that layer alone, also of
+    minibatches in any order and at an unknown rate (`first_layer`); running the client then gives the labels.
+
     Args:
       chain: the network, see `images/layer_chain`.
-      updates: from `observe_update`, with the learning rate told, for cross-entropy with labels of sum 1.
+      updates: from `observe_update`, with the learning rate told (but for such a chain), for cross-entropy with labels
+        of sum 1.
       image_shape: (H, W, channels).
-      batch_size: B examples, on the mean of whose losses each step is taken.
+      batch_size: B examples, on the mean of whose losses each step is taken, or on minibatches of them; `auto`, for
+        such a chain: as many as the update's rank shows.
       progress: called with (updates done, updates).
 
     Returns:
@@ -60,21 +67,103 @@ def invert_updates(
     """
     if not updates:
         raise ValueError("no updates; give at least one")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
+    from_start = begins_dense(chain)
+    if not (batch_size == "auto" and from_start) and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    ):
+        raise ValueError(
+            f"batch_size must be a positive integer, not {batch_size!r}; 'auto' is for chains that begin with a dense"
+            " layer and ReLU"
+        )
     parts = []
     for index, update in enumerate(updates):
-        parts.append(_invert(chain, update, image_shape, batch_size))
+        found = _by_first_layer(chain, update, image_shape, batch_size) if from_start else None
+        if found is None:
+            found = _invert(chain, update, image_shape, 1 if batch_size == "auto" else batch_size)
+        parts.append(found)
         if progress is not None:
             progress(index + 1, len(updates))
+    return _together(parts)
+
+
+def _together(parts: Sequence[ImageRecovery]) -> ImageRecovery:
+    """Rows of NaN where one update shows fewer examples than another."""
+    examples = max(part.images.shape[1] for part in parts)
+
+    def stacked(name: str) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        if name in ("residual", "condition", "misfit"):  # Of an update.
+            return np.concatenate(arrays)
+        nothing = {"verdict": ImageVerdict.NOT_FOUND, "label_verdict": Verdict.NOT_FOUND}.get(name, np.nan)
+        missing = [[(0, 0), (0, examples - array.shape[1])] + [(0, 0)] * (array.ndim - 2) for array in arrays]
+        padded = [np.pad(array, width, constant_values=nothing) for array, width in zip(arrays, missing, strict=True)]
+        return np.concatenate(padded)
+
     names = [name for name in vars(parts[0]) if name != "layers"]
-    stacked = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return ImageRecovery(**stacked, layers=parts[0].layers)
+    return ImageRecovery(**{name: stacked(name) for name in names}, layers=parts[0].layers)
+
+
+def _by_first_layer(
+    chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int], batch_size: int | Literal["auto"]
+) -> ImageRecovery | None:
+    """None where it finds nothing and the head may."""
+    names = tuple(count.layer for count in count_equations(chain, update.parameters, image_shape, 1))
+    found = recover_first_layer(chain, update, batch_size)
+    examples = len(found.verdict)
+    heads = _Hint(found.label, found.feature, found.verdict)
+    known = np.all(np.isfinite(found.inputs), axis=1)
+    whole = update.training.minibatch_size is None and update.scale_known
+    if not np.any(known):
+        classes, features = found.label.shape[1], found.feature.shape[1]
+        if whole and batch_size != "auto" and batch_size < min(classes, features + 1):
+            return None
+        images = np.full((examples, *image_shape), np.nan)
+        return _concluded(heads, images, ImageVerdict.NOT_FOUND, np.nan, found.input_deviation, np.nan, names)
+    images = found.inputs.reshape(examples, *image_shape)
+    misfit, residual = np.nan, np.nan
+    if whole and np.all(known):
+        heads, misfit, residual = _labels_of(chain, update, found, _problem(chain, update, image_shape))
+    roundoff = float(jnp.finfo(found.label.dtype).eps)
+    verdicts = [
+        judge_image(True, 0.0, float(error), image, roundoff) if seen else ImageVerdict.NOT_FOUND
+        for error, image, seen in zip(found.input_deviation, images, known, strict=True)
+    ]
+    return _concluded(heads, images, np.array(verdicts), residual, found.input_deviation, misfit, names)
+
+
+@in_float64
+def _labels_of(
+    chain: Chain, update: ObservedUpdate, found: DenseRecovery, problem: Problem
+) -> tuple["_Hint", float, float]:
+    """The labels with which the client, run on images that are known, explains its update; the misfit; the residual."""
+    heads = _Hint(found.label, found.feature, found.verdict)
+    trial = labels_by_trial(chain, update, found, problem)
+    # Where trials end on the wrong side of a unit, a hard label may be what they are near to.
+    hard = np.eye(found.label.shape[1])[np.argmax(trial.labels, axis=1)]
+    own, nearest = in_own_span(problem, found.inputs, hard)
+    guess, misfit = search_labels(own, nearest)
+    if not misfit < EXPLAINED:
+        guess, misfit = search_labels(own, trial)
+    if not misfit < EXPLAINED:
+        return heads, misfit, np.nan
+    certain = settle(own, guess)
+    _, residual = _seen(own, certain.guess)
+    label = np.asarray(certain.guess.labels, heads.label.dtype)
+    return heads._replace(label=label, verdict=_label_verdicts(certain.label_error)), certain.misfit, residual
+
+
+def _label_verdicts(error: np.ndarray) -> np.ndarray:
+    return np.where(TOLERANCE * error <= SHARP_LABEL, Verdict.UNIQUE, Verdict.AMBIGUOUS)
 
 
 def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, int], batch_size: int) -> ImageRecovery:
     if not update.scale_known:
         raise ValueError("several local steps can be run again only if learning_rate is told")
+    if update.training.minibatch_size is not None and update.training.minibatch_size < batch_size:
+        raise ValueError(
+            f"minibatches of {update.training.minibatch_size} of {batch_size} examples, in an unknown order, can be"
+            " solved only for chains that begin with a dense layer and ReLU"
+        )
     counts = count_equations(chain, update.parameters, image_shape, batch_size)
     determined = is_determined(chain, update.parameters, image_shape, batch_size)
     problem = _problem(chain, update, image_shape)
@@ -100,9 +189,8 @@ def _invert(chain: Chain, update: ObservedUpdate, image_shape: tuple[int, int, i
     roundoff = float(jnp.finfo(hint.label.dtype).eps)
     # That they agree the misfit has said: parameters sent back can hold less than half of an update's digits.
     verdicts = [judge_image(determined, 0.0, own, image, roundoff) for own, image in zip(error, images, strict=True)]
-    sharp = TOLERANCE * label_error <= SHARP_LABEL
-    label_verdict = np.where(sharp, Verdict.UNIQUE, Verdict.AMBIGUOUS)
-    found = _Hint(np.asarray(guess.labels, hint.label.dtype), features.astype(hint.label.dtype), label_verdict)
+    kind = hint.label.dtype
+    found = _Hint(np.asarray(guess.labels, kind), features.astype(kind), _label_verdicts(label_error))
     return _concluded(found, images, np.array(verdicts), residual, error, misfit, names)
 
 

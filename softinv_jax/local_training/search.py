@@ -1,5 +1,6 @@
 """From an update to the example behind it: guesses improved until they explain it, or until nothing helps."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,11 +11,11 @@ from softinv_jax.float64 import in_float64
 from softinv_jax.images.verdicts import EXPLAINED
 from softinv_jax.local_training import defects
 from softinv_jax.local_training.anderson import Anderson
-from softinv_jax.local_training.polish import misfit_of, polish_step, summing_to_one
+from softinv_jax.local_training.polish import label_step, misfit_of, polish_step, summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.matrix_free import descend
 
-__all__ = ["first_guess", "misfit_at", "moved_by", "newton_step", "search", "search_from"]
+__all__ = ["first_guess", "misfit_at", "moved_by", "newton_step", "search", "search_from", "search_labels"]
 
 # The solver's steps for each layer: few at first, which keeps a poor guess tame, then more as the guess gets better.
 FIRST_STEPS, LAST_STEPS, GROWTH = 40, 3000, 1.25
@@ -34,8 +35,8 @@ PATIENCE, STALLED = 6, 0.7
 LABEL_RANGE = (-0.2, 1.2)  # A step beyond is cut off there.
 
 
-_first, _improve, _misfit, _polish = (
-    jax.jit(step) for step in (defects.first_guess, defects.improve, misfit_of, polish_step)
+_first, _improve, _misfit, _polish, _polish_labels = (
+    jax.jit(step) for step in (defects.first_guess, defects.improve, misfit_of, polish_step, label_step)
 )
 
 
@@ -48,7 +49,15 @@ def first_guess(problem: Problem) -> Guess:
 @in_float64
 def search_from(problem: Problem, guess: Guess) -> tuple[Guess, float]:
     """Gauss-Newton on all of the update, from a guess that is near: what the average gradient gives of a few steps."""
-    return descend(partial(_moved, problem), guess, misfit_at(problem, guess), EXPLAINED / 2)
+    return descend(partial(_moved, problem, _polish), guess, misfit_at(problem, guess), EXPLAINED / 2)
+
+
+@in_float64
+def search_labels(problem: Problem, guess: Guess) -> tuple[Guess, float]:
+    """The same for images that are known, and labels that are roughly: first these alone."""
+    step = partial(_moved, problem, _polish_labels)
+    guess, misfit = descend(step, guess, misfit_at(problem, guess), EXPLAINED / 2)
+    return search_from(problem, guess) if misfit < NEAR else (guess, misfit)
 
 
 @in_float64
@@ -109,15 +118,17 @@ def _best(problem: Problem, trials: list[Guess]) -> tuple[Guess, float]:
     return trials[best], misfits[best]
 
 
-def _moved(problem: Problem, guess: Guess, steps: int) -> tuple[Guess, float]:
-    """A step of Gauss-Newton."""
-    move = _polish(problem, guess, jnp.asarray(steps))
+def _moved(
+    problem: Problem, step: Callable[[Problem, Guess, jax.Array], Guess], guess: Guess, steps: int
+) -> tuple[Guess, float]:
+    """A step of Gauss-Newton, by `polish_step` or one like it."""
+    move = step(problem, guess, jnp.asarray(steps))
     return _best(problem, [moved_by(guess, move, length) for length in LENGTHS])
 
 
 def newton_step(problem: Problem, guess: Guess, misfit: float, steps: int) -> tuple[Guess, float]:
     """A step of Gauss-Newton with so many of LSMR, if it helps."""
-    after, reached = _moved(problem, guess, steps)
+    after, reached = _moved(problem, _polish, guess, steps)
     return (after, reached) if reached < misfit else (guess, misfit)
 
 

@@ -18,6 +18,7 @@ class LocalTraining:
       momentum, dampening, nesterov: of the optimiser, which starts from zero.
       weight_decay: added to the gradient, times the parameters, before momentum.
       proximal: FedProx's mu: mu (parameters - parameters sent) is added to the gradient (Li et al., MLSys 2020).
+      minibatch_size: examples in each step, in an order that is not known; None where each step is on all of them.
 
     Raises:
       ValueError: naming the option that is out of range.
@@ -30,10 +31,14 @@ class LocalTraining:
     nesterov: bool = False
     weight_decay: float = 0.0
     proximal: float = 0.0
+    minibatch_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int | np.integer) or self.steps < 1:
             raise ValueError(f"local_steps must be a positive integer, not {self.steps!r}")
+        size = self.minibatch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
+            raise ValueError(f"minibatch_size must be a positive integer, or None for all examples, not {size!r}")
         if isinstance(self.learning_rate, Sequence | np.ndarray):
             object.__setattr__(self, "learning_rate", tuple(float(rate) for rate in self.learning_rate))
         if len(self.rates) != self.steps:
@@ -73,3 +78,14 @@ class LocalTraining:
                 change = gradient + self.momentum * velocity if self.nesterov else velocity
                 weights[first] += self.rates[step] * change
         return weights
+
+    def shrinkage(self) -> float:
+        """What the parameters sent are multiplied by, where every gradient is zero: 1 without weight decay."""
+        value, velocity = 1.0, 0.0
+        for step, rate in enumerate(self.rates):
+            slope = self.weight_decay * value + self.proximal * (value - 1.0)
+            velocity = self.momentum * velocity + (slope if step == 0 else (1.0 - self.dampening) * slope)
+            if self.momentum:
+                slope = slope + self.momentum * velocity if self.nesterov else velocity
+            value -= rate * slope
+        return value

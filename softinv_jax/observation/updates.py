@@ -54,6 +54,7 @@ def observe_update(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     proximal: float = 0.0,
+    minibatch_size: int | None = None,
 ) -> ObservedUpdate:
     """The gradient behind a client's update, for a client that runs plain or momentum gradient descent.
 
@@ -70,6 +71,7 @@ def observe_update(
       momentum, dampening, nesterov: of the optimiser.
       weight_decay: added to the gradient, times the parameters, before momentum; needs the learning rate.
       proximal: FedProx's mu. A first step does not feel it.
+      minibatch_size: examples in each step, where a step is not on all of the client's.
 
     Returns:
       An `ObservedUpdate`.
@@ -79,18 +81,27 @@ def observe_update(
         not finite, or an option out of range.
     """
     rates = 1.0 if learning_rate is None else learning_rate
-    training = LocalTraining(local_steps, rates, momentum, dampening, nesterov, weight_decay, proximal)  # type: ignore[arg-type]
+    training = LocalTraining(
+        steps=local_steps,
+        learning_rate=rates,  # type: ignore[arg-type]
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        proximal=proximal,
+        minibatch_size=minibatch_size,
+    )
     if weight_decay and learning_rate is None:
         raise ValueError("weight_decay needs learning_rate: without it, its share of the update cannot be told")
     names, old, new, structure = _leaves(before, after)
     # Local training multiplies a gradient that stays the same by this.
-    divisor = float(np.sum(training.weights()))
+    divisor, shrinkage = float(np.sum(training.weights())), training.shrinkage()
     gradients, rounding = [], []
     for name, start, end in zip(names, old, new, strict=True):
         dtype = end.dtype
-        difference = start.astype(np.float64) - end.astype(np.float64)
+        difference = shrinkage * start.astype(np.float64) - end.astype(np.float64)
         with np.errstate(over="ignore"):  # told below
-            quotient = (difference / divisor - weight_decay * start.astype(np.float64)).astype(dtype)
+            quotient = (difference / divisor).astype(dtype)
         if not np.all(np.isfinite(quotient.astype(np.float64))):
             raise ValueError(
                 f"the gradient of {name} exceeds the range of {dtype} at learning_rate = {learning_rate}; check the"
@@ -185,6 +196,7 @@ def _statement(rate_known: bool, training: LocalTraining) -> str:
     scale = "a known learning rate" if rate_known else "an unknown learning rate (gradient times it)"
     optimiser = f"momentum {training.momentum:g} from zero" if training.momentum else "no momentum"
     decay = f", weight decay {training.weight_decay:g}" if training.weight_decay else ""
+    decay += f", minibatches of {training.minibatch_size}" if training.minibatch_size is not None else ""
     if training.steps == 1:
         return f"Exact up to the rounding of the parameters: one local step, {scale}, {optimiser}{decay}."
     return (

@@ -83,3 +83,22 @@ def test_several_examples_are_left_to_the_layers_that_tell_them_apart(
     options = ("--local-steps", "3", "--learning-rate", str(RATE), "--batch-size", "6")
     assert main(command(files, tmp_path / "images.npz", *options)) == 2
     assert "asked for 6 in the average gradient" in capsys.readouterr().err
+
+
+def test_minibatches_of_a_batch_through_relu(dense_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the first layer; neither rate nor momentum told."""
+    run = dense_run(6, 9, 2)
+    for name, tree in (("before", run.sent), ("after", run.returned)):
+        arrays = {f"{layer}/{part}": array for layer, held in tree.items() for part, array in held.items()}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    out = tmp_path / "images.npz"
+    paths = ("--parameters", str(tmp_path / "before.npz"), "--updated", str(tmp_path / "after.npz"), "--out", str(out))
+    options = ("--image-size", "4", "--batch-size", "auto", "--local-steps", "9", "--minibatch-size", "2", "--json")
+    assert main(["invert", "--model", "mlp", *paths, *options]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["verdicts"]["exact"] == 6
+    assert "minibatches of 2" in summary["update"]
+    with np.load(out) as found:
+        distance = np.abs(found["images"].reshape(6, 1, -1) - run.inputs).max(axis=2)
+        assert sorted(np.argmin(distance, axis=1)) == list(range(6))
+        assert distance.min(axis=1).max() < 1e-4

@@ -8,7 +8,7 @@ from scipy.special import expit
 
 from softinv_jax.dense_layers import gate_search
 from softinv_jax.dense_layers.choice import choose_layers
-from softinv_jax.dense_layers.gate_rounds import _outputs, _whitened, search_all_gates
+from softinv_jax.dense_layers.gate_rounds import outputs_left, search_all_gates, whitened
 from softinv_jax.dense_layers.gate_search import search_gates
 
 STEPS = 20
@@ -61,8 +61,8 @@ def _alternate(fit, outputs, gate, combination, sharpness, trust, forward, steps
 def _problem(dense_client, activation="relu", starts=8):
     client = dense_client((40, 80, 5), 6, 0, activation=activation)
     chosen = next(choose_layers(client.layers, None))
-    deltas, weight = _whitened(chosen.space, chosen.following, [])
-    outputs = _outputs(chosen.space, [])
+    deltas, weight = whitened(chosen.space, chosen.following, [])
+    outputs = outputs_left(chosen.space, [])
     generator = np.random.default_rng(0)
     places = generator.standard_normal((starts, outputs.shape[1])).astype(np.float32)
     gates = (places @ outputs.T > 0).astype(np.float32)
@@ -135,7 +135,7 @@ def test_found_examples_are_dual_to_where_others_are_looked_for(dense_client) ->
     chosen = next(choose_layers(client.layers, None))
     found = search_all_gates(chosen.space, chosen.following, [], [], lambda number: None)
     assert len(found) == 12
-    outputs = _outputs(chosen.space, found[:-1])
+    outputs = outputs_left(chosen.space, found[:-1])
     # One direction is left: what the layer makes of the last example's input, by unit size.
     assert np.count_nonzero(np.any(outputs, axis=0)) == 1
     column = outputs[:, np.any(outputs, axis=0)][:, 0]

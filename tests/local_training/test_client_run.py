@@ -118,6 +118,13 @@ def test_weights_are_those_of_one_impulse() -> None:
     np.testing.assert_allclose(LocalTraining(2, (1.0, 2.0), momentum=0.5).weights(), [2.0, 2.0])
 
 
+def test_without_gradients_only_decay_moves_the_parameters() -> None:
+    assert LocalTraining(3, 0.1, momentum=0.9, proximal=0.5).shrinkage() == 1
+    assert LocalTraining(3, 0.1, weight_decay=0.2).shrinkage() == pytest.approx(0.98**3)
+    # Velocities 0.2 and 0.5 * 0.2 + 0.2 * 0.98, of which each moves by a tenth.
+    assert LocalTraining(2, 0.1, momentum=0.5, weight_decay=0.2).shrinkage() == pytest.approx(0.98 - 0.0296)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
