@@ -108,6 +108,48 @@ def _by_torch(parameters: list[Any], activation: str, inputs: np.ndarray, labels
     return [tuple(None if tensor is None else tensor.grad.numpy() for tensor in own) for own in held]
 
 
+def train_by_torch(
+    client: DenseClient,
+    names: list[str],
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    epochs: int,
+    minibatch_size: int,
+    rate: float,
+    momentum: float,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters before and after epochs of `torch.optim.SGD` on minibatches, ReLU between; in linen's layout."""
+    import torch  # noqa: PLC0415 - optional
+
+    torch.manual_seed(seed)
+    dense = []
+    for kernel, bias in zip(client.kernels, client.biases, strict=True):
+        layer = torch.nn.Linear(*kernel.shape, bias=bias is not None)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor(kernel.T))
+            if bias is not None:
+                layer.bias.copy_(torch.tensor(bias))
+        dense.append(layer)
+    network = torch.nn.Sequential(*(part for layer in dense for part in (layer, torch.nn.ReLU())))[:-1]
+
+    def tree() -> dict[str, Any]:
+        return {
+            name: {"kernel": layer.weight.detach().numpy().T.copy(), "bias": layer.bias.detach().numpy().copy()}
+            for name, layer in zip(names, dense, strict=True)
+        }
+
+    sent = tree()
+    optimiser = torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum)
+    images, targets = torch.tensor(inputs), torch.tensor(labels, dtype=torch.float32)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(minibatch_size):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network(images[chosen]), targets[chosen]).backward()
+            optimiser.step()
+    return sent, tree()
+
+
 def _logits(parameters: list[Any], activation: str, inputs: jax.Array) -> jax.Array:
     hidden = inputs
     for place, (kernel, bias) in enumerate(parameters):

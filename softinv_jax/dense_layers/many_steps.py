@@ -30,6 +30,10 @@ STARTS = 32
 SEARCH_STEPS = 150  # Of the gate search.
 BARREN_ROUNDS = 6
 SAME = 1 - 1e-6  # Of two coordinates' cosine.
+# Units in which one of two is zero and the other is not. By accident deltas cancel in one or two units more than can be
+# chosen: the chance of each is the number of units times the noise, 1e-3 or so.
+FEWEST_ALONE = 12
+DEPENDENT = 100.0  # Of the errors: what is left of one less the others.
 # Share of the units that an example surely opens, before and after, and whose zeros say that it never did.
 MOST_CONTRADICTIONS = 0.05
 
@@ -79,9 +83,10 @@ def recover_over_steps(
     )
     total = told or space.rank
     report = progress or (lambda found, of: None)
-    found = _search(layers, returned, space, seed, lambda count: report(min(count, total), total))
+    balanced = balance(space)
+    found = _search(layers, returned, space, balanced, seed, lambda count: report(min(count, total), total))
     report(total, total)
-    if len(found) < space.rank:
+    if len(found) < space.rank or not _are_examples(balanced, found):
         return replace(nothing_recovered(layers, max(total, space.rank)), rank=space.rank)
     return _conclude(layers, returned, space, found, total, scale_known)
 
@@ -99,10 +104,14 @@ def returned_layers(layers: DenseLayers, moved: float) -> DenseLayers:
 
 
 def _search(
-    layers: DenseLayers, returned: DenseLayers, space: LayerSpace, seed: int, progress: Callable[[int], None]
+    layers: DenseLayers,
+    returned: DenseLayers,
+    space: LayerSpace,
+    balanced: BalancedRows,
+    seed: int,
+    progress: Callable[[int], None],
 ) -> list[SummedDelta]:
     """Summed deltas, no two the same, at most as many as there are examples."""
-    balanced = balance(space)
     if not np.any(balanced.live):
         return []
     generator = np.random.default_rng(seed)
@@ -114,10 +123,12 @@ def _search(
     barren = 0
     while len(found) < space.rank and barren < BARREN_ROUNDS:
         before = len(found)
-        if barren == 0:
+        if barren <= 1:
             # What is found takes its share out of the rows, so that others may now stand alone.
             for closed in _closed_for_rows(space, balanced, end, left_over(space, found)):
-                _enter(space, balanced, closed, generator, found)
+                # Where that finds no more, only some of the units are asked.
+                asked = generator.random(closed.shape) < generator.random((len(closed), 1)) if barren else 1.0
+                _enter(space, balanced, closed * asked, generator, found)
                 progress(len(found))
         _enter(space, balanced, _closed_by_gates(halfway, following, found, generator), generator, found)
         progress(len(found))
@@ -195,8 +206,34 @@ def _enter(
             continue
         one = certify(space, balanced, direction)
         if one is not None and not any(abs(one.coordinates @ other.coordinates) > SAME for other in found):
-            found.append(one)
+            found[:] = _sparsest([*found, one])
     return len(found) > before
+
+
+def _sparsest(candidates: list[SummedDelta]) -> list[SummedDelta]:
+    """Of candidates of which some are mixtures of others those with the most zeros, as many as are independent."""
+    kept: list[SummedDelta] = []
+    basis = np.zeros((len(candidates[0].coordinates), 0))
+    error = max(float(np.linalg.norm(one.errors)) for one in candidates)
+    for one in sorted(candidates, key=lambda each: -each.freedom):
+        rest = one.coordinates - basis @ (basis.T @ one.coordinates)
+        size = float(np.linalg.norm(rest))
+        if size > DEPENDENT * error:
+            kept.append(one)
+            basis = np.column_stack([basis, rest / size])
+    return kept
+
+
+def _are_examples(balanced: BalancedRows, found: list[SummedDelta]) -> bool:
+    """Whether none is a mixture of others, found in place of an example that is missing.
+
+    A mixture is zero where all that are mixed are, and in the few units where they cancel by accident. There alone each
+    of them is not zero: of an example and any other this is so in many units, which one has closed and the other not.
+    """
+    closed = np.stack([one.closed for one in found])
+    alone = closed.astype(int) @ (balanced.live & ~closed).astype(int).T
+    np.fill_diagonal(alone, FEWEST_ALONE)
+    return bool(np.all(alone >= FEWEST_ALONE))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ LEAST_ROW = 200.0
 # Equations beyond an example's unknowns; nats beyond the choice of the zeros.
 SURPLUS, CREDIBLE_SURPRISE = 20, 40.0
 # Of a zero that nothing but itself holds in place, as of a mixture of two examples made to vanish in one unit more.
-MOST_LEVERAGE = 0.95
+MOST_LEVERAGE = 0.75
 STEPS, GUARDED_STEPS = 60, 20  # In the latter the units taken for open stay so.
 WIDTH, NARROWING, NARROWEST = 0.5, 0.8, 1e-4  # Of what counts as zero, of the root mean square.
 POWER_STEPS = 4

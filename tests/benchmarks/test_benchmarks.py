@@ -19,6 +19,7 @@ SCRIPTS = (
     "accelerator",
     "batches",
     "field",
+    "first_layer",
     "class_counts",
     "dense_layers",
     "hard_labels",
