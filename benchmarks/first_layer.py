@@ -8,8 +8,8 @@ sent; for the labels also rate, K and momentum. Weights are PyTorch's initial on
 
 Counted over all clients of a row: images above 60 dB, `exact` ones, claimed ones that match no image to 40 dB (none
 may), clients all of whose images are found (else none are given), right classes, labels within 1e-4, error over the
-stated deviation (largest). `rows` is the best that single rows could give: images for which some row of the update, divided by
-its bias's, is above 60 dB, picked by looking at the truth. Seconds are a client's, after compilation.
+stated deviation (largest). `rows` is the best that single rows could give: images for which some row of the update,
+divided by its bias's, is above 60 dB, picked by looking at the truth. Seconds are a client's, after compilation.
 
 Rows that are there already are kept: the command can be interrupted. `--seeds` has no effect.
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ mlp is dense layers dense1, dense2, ... and head, as many as the files have, wit
 fcn4's, tell the examples of a batch apart whatever the number of classes: --batch-size B, or auto.
 
 In place of gradients, what clients sent back, for lenet, fcn4 and mlp: --updated AFTER [AFTER ...], one for each
-client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1).
+client. Files with PyTorch's names and layout are converted; --rename gives layers the names used here (body.0=conv1);
+those of mlp are told by their shapes.
 
 Updates of several steps (--local-steps K, --learning-rate told) on one example each, for lenet, fcn4 and mlp: the
 client is run on guesses of the example until one explains the update to its last digit (docs/local_steps.md).
@@ -159,7 +161,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(summary, allow_nan=False, indent=1))
     console = person_console() if arguments.json else result_console()
     counts = ", ".join(f"{count} {name}" for name, count in summary["verdicts"].items() if count)
-    if updates is not None:
+    # What the average of several steps is worth does not matter where the steps themselves are solved.
+    if updates is not None and method != "client":
         console.print(updates[0].statement, markup=False)
     console.print(f"{len(arrays['images'])} images by {method}: {counts}.", markup=False)
     console.print(f"Everything is in {' and '.join(written)}.", markup=False, soft_wrap=True)
@@ -192,11 +195,23 @@ def _mlp(arguments: argparse.Namespace) -> "Model":
     from softinv_jax.frameworks.parameter_files import flat, read_parameter_file, trained_layers  # noqa: PLC0415
 
     with input_errors():
-        arrays = flat(trained_layers(read_parameter_file(arguments.parameters, arguments.key)))
+        tree = trained_layers(read_parameter_file(arguments.parameters, arguments.key))
+        arrays = flat(tree)
+        if arguments.updated is not None and not arguments.rename and not re.search(r"\bdense\d", " ".join(arrays)):
+            arguments.rename = _in_order(tree)
     names = {old.replace(".", "/"): new for old, _, new in _renamed(arguments)}
     layers = {name.rpartition("/")[0] for name in arrays}
     with input_errors(f"{arguments.parameters}: "):
         return models.mlp([names.get(layer, layer) for layer in layers], arguments.activation or "relu")
+
+
+def _in_order(tree: "Tree") -> list[str]:
+    """--rename for layers of other names, such as PyTorch's numbers: by their shapes, the head last."""
+    from softinv_jax.whole_models import find_dense_end  # noqa: PLC0415
+
+    old = [name.replace("/", ".") for name in find_dense_end(tree)]
+    new = [*(f"dense{place + 1}" for place in range(len(old) - 1)), "head"]
+    return [f"{one}={other}" for one, other in zip(old, new, strict=True)]
 
 
 def _renamed(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:

@@ -85,11 +85,18 @@ def test_several_examples_are_left_to_the_layers_that_tell_them_apart(
     assert "asked for 6 in the average gradient" in capsys.readouterr().err
 
 
-def test_minibatches_of_a_batch_through_relu(dense_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the first layer; neither rate nor momentum told."""
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_minibatches_of_a_batch_through_relu(
+    dense_run, tmp_path: Path, capsys: pytest.CaptureFixture[str], by_torch: bool
+) -> None:
+    """By the first layer; neither rate nor momentum told, nor, for PyTorch's files, which layer is which."""
     run = dense_run(6, 9, 2)
     for name, tree in (("before", run.sent), ("after", run.returned)):
         arrays = {f"{layer}/{part}": array for layer, held in tree.items() for part, array in held.items()}
+        if by_torch:
+            numbers = {"dense1": 1, "head": 3}
+            arrays = {f"{numbers[layer]}.weight": held["kernel"].T for layer, held in tree.items()}
+            arrays |= {f"{numbers[layer]}.bias": held["bias"] for layer, held in tree.items()}
         np.savez(tmp_path / f"{name}.npz", **arrays)
     out = tmp_path / "images.npz"
     paths = ("--parameters", str(tmp_path / "before.npz"), "--updated", str(tmp_path / "after.npz"), "--out", str(out))
@@ -98,7 +105,8 @@ def test_minibatches_of_a_batch_through_relu(dense_run, tmp_path: Path, capsys: 
     summary = json.loads(capsys.readouterr().out)
     assert summary["verdicts"]["exact"] == 6
     assert "minibatches of 2" in summary["update"]
+    images = run.inputs.reshape(-1, 3, 4, 4).transpose(0, 2, 3, 1) if by_torch else run.inputs
     with np.load(out) as found:
-        distance = np.abs(found["images"].reshape(6, 1, -1) - run.inputs).max(axis=2)
+        distance = np.abs(found["images"].reshape(6, 1, -1) - images.reshape(6, -1)).max(axis=2)
         assert sorted(np.argmin(distance, axis=1)) == list(range(6))
         assert distance.min(axis=1).max() < 1e-4
