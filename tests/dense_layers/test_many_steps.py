@@ -77,7 +77,14 @@ def test_weight_decay_is_taken_off_if_told(dense_run) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"adaptive": True, "rate": 0.001}, {"activation": "tanh"}, {"bias": False}, {"widths": (48, 120, 2), "steps": 1}],
+    [
+        {"adaptive": True, "rate": 0.001},
+        # Of one example each step of Adam is an outer product, too: that of the input's signs.
+        {"adaptive": True, "rate": 0.001, "examples": 1},
+        {"activation": "tanh"},
+        {"bias": False},
+        {"widths": (48, 120, 2), "steps": 1},
+    ],
 )
 def test_nothing_that_is_not_there(dense_run, options) -> None:
     """Adam, other activations, no bias; and two classes, where all deltas are alike and mixtures are sparse, too."""
