@@ -143,6 +143,9 @@ def as_batch(recovery: DenseRecovery) -> BatchRecovery:
     targets = np.full((examples, TARGETS), -1, np.int32)
     for row in np.flatnonzero(np.all(np.isfinite(recovery.label), axis=1)):
         label, reach = recovery.label[row], TOLERANCE * recovery.label_deviation[row]
+        if np.isnan(reach).any():
+            # Of an estimate without an error: what stands out of the others by half of what the largest does.
+            reach = np.full(len(label), (label.max() - np.median(label)) / 2)
         order = np.argsort(-label)[:TARGETS]
         targets[row] = np.where(label[order] > np.median(label) + reach[order], order, -1)
     residual = recovery.residual[np.isfinite(recovery.residual)]

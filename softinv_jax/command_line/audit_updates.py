@@ -159,7 +159,10 @@ def _findings(rows: list[UpdateRow], updates: int, verdicts: dict[str, int], loc
     if several:
         findings.append(f"{several} more are narrowed down to a few labels, of which the likeliest is shown.")
     if local_steps > 1:
-        findings.append("After several local steps an update is no gradient: no label is called certain.")
+        findings.append(
+            "After several local steps an update is no gradient: no label is called certain here. Labels and images may"
+            " still follow exactly: softinv invert solves the steps themselves (docs/local_steps.md)."
+        )
     claimed = ("unique", "conditional", "ambiguous")
     rest = {name: count for name, count in verdicts.items() if count and name not in claimed}
     if rest:

@@ -21,6 +21,7 @@ from softinv_jax.dense_layers.layers import DenseLayers
 from softinv_jax.dense_layers.recovery import MOST_NOISE, DenseRecovery, nothing_recovered
 from softinv_jax.dense_layers.space import LayerSpace, layer_space
 from softinv_jax.dense_layers.summed_deltas import BalancedRows, SummedDelta, balance, certify, refine
+from softinv_jax.labels.assumptions import Assumption
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 
@@ -79,16 +80,17 @@ def recover_over_steps(
         layers.kernel_gradients[0],
         layers.bias_gradients[0],
         layers.dtype,
-        told,
+        None,  # A wrong number told must hide nothing.
     )
-    total = told or space.rank
+    total = max(told or 0, space.rank)
     report = progress or (lambda found, of: None)
     balanced = balance(space)
     found = _search(layers, returned, space, balanced, seed, lambda count: report(min(count, total), total))
     report(total, total)
     if len(found) < space.rank or not _are_examples(balanced, found):
-        return replace(nothing_recovered(layers, max(total, space.rank)), rank=space.rank)
-    return _conclude(layers, returned, space, found, total, scale_known)
+        return replace(nothing_recovered(layers, total), rank=space.rank)
+    recovery = _conclude(layers, returned, space, found, total, scale_known)
+    return replace(recovery, refuted=int(Assumption.BATCH_SIZE)) if told is not None and told < total else recovery
 
 
 def returned_layers(layers: DenseLayers, moved: float) -> DenseLayers:
@@ -300,7 +302,7 @@ def _conclude(
     total: int,
     scale_known: bool,
 ) -> DenseRecovery:
-    nothing = replace(nothing_recovered(layers, max(total, space.rank)), rank=space.rank)
+    nothing = replace(nothing_recovered(layers, total), rank=space.rank)
     inputs = _by_duality(space, found)
     sizes = np.sqrt(np.mean(inputs.inputs**2, axis=1))
     if not np.all(inputs.deviation < MOST_NOISE * sizes):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softinv_jax import BatchRecovery, Verdict, observe_update, recover_update
+from softinv_jax import Assumption, BatchRecovery, Verdict, observe_update, recover_update
 from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
 from softinv_jax.dense_layers.many_steps import recover_over_steps
 from softinv_jax.dense_layers.recovery import DenseRecovery
@@ -97,9 +97,10 @@ def test_nothing_that_is_not_there(dense_run, options) -> None:
 
 def test_another_number_than_told(dense_run) -> None:
     run = dense_run(6, 4)
-    fewer = attack(run, 4, 5)
-    if np.isfinite(fewer.inputs).any():
+    for told in (1, 5):
+        fewer = attack(run, 4, told)
         matched(fewer, run)
+        assert fewer.refuted == Assumption.BATCH_SIZE
     more = attack(run, 4, 8)
     assert more.rank == 6
     assert len(more.inputs) == 8
@@ -178,4 +179,6 @@ def test_recover_update_tells_the_examples_apart(dense_run) -> None:
     assert isinstance(found, BatchRecovery)
     assert np.all(found.verdict == Verdict.AMBIGUOUS)
     assert sorted(np.argmax(found.label, axis=1)) == sorted(np.argmax(run.labels, axis=1))
+    # The likeliest class is shown.
+    assert found.targets[:, 0].tolist() == np.argmax(found.label, axis=1).tolist()
     assert "minibatches of 2" in update.statement
