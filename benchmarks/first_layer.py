@@ -83,10 +83,8 @@ class Clients:
         generator = np.random.default_rng([row.examples, seed])
         chosen = generator.choice(len(self.plain), row.examples, replace=False)
         images = (self.normalised if row.normalised else self.plain)[chosen]
-        inputs, labels = (
-            images.reshape(row.examples, -1),
-            np.eye(self.data.number_of_classes)[self.data.classes[chosen]],
-        )
+        inputs = images.reshape(row.examples, -1)
+        labels = np.eye(self.data.number_of_classes)[self.data.classes[chosen]]
         network = draw([inputs.shape[1], *row.hidden, labels.shape[1]], None, True, "relu", seed)
         names = [f"dense{place + 1}" for place in range(len(row.hidden))] + ["head"]
         sent, returned = train_by_torch(

@@ -228,7 +228,7 @@ def _over_steps(update: ObservedUpdate, batch_size: BatchSize, head: str | None)
     if len(names) < 2 or any(path.rpartition("/")[0] not in names for path in paths):
         return None
     layers = _layers(names, update.parameters, update.gradients, "relu")
-    moved = float(np.sum(update.training.weights()))
+    moved = update.training.total_weight()
     found = recover_over_steps(layers, moved, batch_size, scale_known=update.scale_known)
     return as_batch(found) if np.all(np.isfinite(found.inputs)) else None
 

@@ -18,7 +18,7 @@ from softinv_jax.dense_layers.gate_fit import NextLayer, next_layer
 from softinv_jax.dense_layers.gate_rounds import SHARPNESS, TRUST, left_over, outputs_left, whitened
 from softinv_jax.dense_layers.gate_search import search_gates
 from softinv_jax.dense_layers.layers import DenseLayers
-from softinv_jax.dense_layers.recovery import MOST_NOISE, DenseRecovery, nothing_recovered
+from softinv_jax.dense_layers.recovery import MOST_NOISE, DenseRecovery, nothing_recovered, number_told
 from softinv_jax.dense_layers.space import LayerSpace, layer_space
 from softinv_jax.dense_layers.summed_deltas import BalancedRows, SummedDelta, balance, certify, refine
 from softinv_jax.labels.assumptions import Assumption
@@ -67,9 +67,7 @@ def recover_over_steps(
     Raises:
       ValueError: for a batch size that cannot be.
     """
-    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
-    told = None if batch_size == "auto" else batch_size
+    told = number_told(batch_size)
     slopes = ACTIVATIONS[layers.activations[0]].slopes if layers.activations else None
     if slopes is None or slopes[0] != 0 or layers.biases[0] is None or not np.any(layers.kernel_gradients[0]):
         return nothing_recovered(layers, told or 1)

@@ -28,7 +28,7 @@ from softinv_jax.labels.assumptions import Assumption
 from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 
-__all__ = ["MOST_NOISE", "DenseRecovery", "nothing_recovered", "recover_dense"]
+__all__ = ["MOST_NOISE", "DenseRecovery", "nothing_recovered", "number_told", "recover_dense"]
 
 # Share of the units that a client closes at random, at least.
 FEWEST_DROPPED = 0.01
@@ -105,9 +105,7 @@ def recover_dense(
     """
     if not layers.activations:
         raise ValueError("recover_dense needs a dense layer before the head; use recover for a head alone")
-    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
-    told = None if batch_size == "auto" else batch_size
+    told = number_told(batch_size)
     report = progress or (lambda found, total: None)
     best: tuple[tuple[int, int], ChosenLayer, Assembled] | None = None
     for chosen in choose_layers(layers, told):
@@ -133,6 +131,19 @@ def recover_dense(
     report(total, total)
     divisor = float(max(total, chosen.space.rank)) if reduction == "mean" else 1.0
     return _conclude(layers, chosen, assembled, labels, total, told, divisor)
+
+
+def number_told(batch_size: int | Literal["auto"]) -> int | None:
+    """B, or None for `auto`.
+
+    Raises:
+      ValueError: for a batch size that cannot be.
+    """
+    if batch_size == "auto":
+        return None
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer or 'auto', not {batch_size!r}")
+    return batch_size
 
 
 def _is_wrong(assembled: Assembled) -> np.ndarray:

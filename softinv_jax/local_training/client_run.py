@@ -30,7 +30,7 @@ class ClientRun(NamedTuple):
 
 def sent_update(sent: Any, returned: Any, training: LocalTraining) -> Any:
     """The mean gradient that `observe_update` would make of the parameters sent and returned."""
-    divisor, shrinkage = float(training.weights().sum()), training.shrinkage()
+    divisor, shrinkage = training.total_weight(), training.shrinkage()
     return jax.tree.map(lambda before, after: (shrinkage * before - after) / divisor, sent, returned)
 
 

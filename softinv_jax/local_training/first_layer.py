@@ -22,7 +22,7 @@ from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.observation.updates import ObservedUpdate
 from softinv_jax.recoveries import BatchSize
 
-__all__ = ["begins_dense", "in_own_span", "labels_by_trial", "recover_first_layer"]
+__all__ = ["begins_dense", "labels_by_trial", "recover_first_layer"]
 
 TRIALS = 60
 _run = jax.jit(run_client, static_argnames=("chain", "training"))
@@ -36,10 +36,13 @@ def begins_dense(chain: Chain) -> bool:
 
 def recover_first_layer(chain: Chain, update: ObservedUpdate, batch_size: BatchSize) -> DenseRecovery:
     """See `recover_over_steps`; the chain is one that `begins_dense`."""
-    return recover_over_steps(_layers(chain, update), _moved(update), batch_size, scale_known=update.scale_known)
+    moved = update.training.total_weight()
+    return recover_over_steps(_layers(chain, update), moved, batch_size, scale_known=update.scale_known)
 
 
-def labels_by_trial(chain: Chain, update: ObservedUpdate, found: DenseRecovery, problem: Problem) -> Guess:
+def labels_by_trial(
+    chain: Chain, update: ObservedUpdate, found: DenseRecovery, problem: Problem
+) -> tuple[Problem, Guess]:
     """The rough labels made better: what they get wrong of the client's deltas is seen when the client is run on them.
 
     Where a label is off, other units open on the way than did, so that what explains all of the update best may be far
@@ -48,11 +51,14 @@ def labels_by_trial(chain: Chain, update: ObservedUpdate, found: DenseRecovery, 
 
     Args:
       problem: of the update. found: all its examples.
+
+    Returns:
+      The problem in the images' own span, and the guess.
     """
     layers = _layers(chain, update)
-    returned, examples = returned_layers(layers, _moved(update)), len(found.label)
+    returned, examples = returned_layers(layers, update.training.total_weight()), len(found.label)
     inputs = np.asarray(found.inputs, np.float64)
-    own, guess = in_own_span(problem, inputs, found.label)
+    own, guess = _in_own_span(problem, inputs, found.label)
     place = next(index for index, layer in enumerate(chain) if isinstance(layer, Dense))
     labels = best = np.asarray(guess.labels)
     correction, least, share = np.zeros_like(best), np.inf, 1.0
@@ -65,7 +71,7 @@ def labels_by_trial(chain: Chain, update: ObservedUpdate, found: DenseRecovery, 
         else:
             share /= 4
         labels = best + share * correction
-    return guess._replace(labels=jnp.asarray(best))
+    return own, guess._replace(labels=jnp.asarray(best))
 
 
 def _layers(chain: Chain, update: ObservedUpdate) -> DenseLayers:
@@ -74,12 +80,7 @@ def _layers(chain: Chain, update: ObservedUpdate) -> DenseLayers:
     return chain_layers(chain, *end, update.parameters, update.gradients)
 
 
-def _moved(update: ObservedUpdate) -> float:
-    """How often the mean gradient was taken off the parameters."""
-    return float(np.sum(update.training.weights()))
-
-
-def in_own_span(problem: Problem, inputs: np.ndarray, labels: np.ndarray) -> tuple[Problem, Guess]:
+def _in_own_span(problem: Problem, inputs: np.ndarray, labels: np.ndarray) -> tuple[Problem, Guess]:
     """The same client on the images' coordinates in the space that they span: B numbers each, whatever their size.
 
     Every step moves the first kernel within that space, so that nothing is lost. Call with float64 enabled.

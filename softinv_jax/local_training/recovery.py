@@ -20,7 +20,7 @@ from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Verdict
 from softinv_jax.local_training.certainty import settle
 from softinv_jax.local_training.client_run import run_client
-from softinv_jax.local_training.first_layer import begins_dense, in_own_span, labels_by_trial, recover_first_layer
+from softinv_jax.local_training.first_layer import begins_dense, labels_by_trial, recover_first_layer
 from softinv_jax.local_training.polish import summing_to_one
 from softinv_jax.local_training.problem import Guess, Problem
 from softinv_jax.local_training.search import first_guess, search, search_from, search_labels
@@ -137,11 +137,10 @@ def _labels_of(
 ) -> tuple["_Hint", float, float]:
     """The labels with which the client, run on images that are known, explains its update; the misfit; the residual."""
     heads = _Hint(found.label, found.feature, found.verdict)
-    trial = labels_by_trial(chain, update, found, problem)
+    own, trial = labels_by_trial(chain, update, found, problem)
     # Where trials end on the wrong side of a unit, a hard label may be what they are near to.
     hard = np.eye(found.label.shape[1])[np.argmax(trial.labels, axis=1)]
-    own, nearest = in_own_span(problem, found.inputs, hard)
-    guess, misfit = search_labels(own, nearest)
+    guess, misfit = search_labels(own, trial._replace(labels=jnp.asarray(hard)))
     if not misfit < EXPLAINED:
         guess, misfit = search_labels(own, trial)
     if not misfit < EXPLAINED:

@@ -79,6 +79,10 @@ class LocalTraining:
                 weights[first] += self.rates[step] * change
         return weights
 
+    def total_weight(self) -> float:
+        """How far a unit gradient that stays the same has moved the parameters in the end."""
+        return float(np.sum(self.weights()))
+
     def shrinkage(self) -> float:
         """What the parameters sent are multiplied by, where every gradient is zero: 1 without weight decay."""
         value, velocity = 1.0, 0.0

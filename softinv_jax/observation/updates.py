@@ -94,8 +94,7 @@ def observe_update(
     if weight_decay and learning_rate is None:
         raise ValueError("weight_decay needs learning_rate: without it, its share of the update cannot be told")
     names, old, new, structure = _leaves(before, after)
-    # Local training multiplies a gradient that stays the same by this.
-    divisor, shrinkage = float(np.sum(training.weights())), training.shrinkage()
+    divisor, shrinkage = training.total_weight(), training.shrinkage()
     gradients, rounding = [], []
     for name, start, end in zip(names, old, new, strict=True):
         dtype = end.dtype
