@@ -12,7 +12,7 @@ from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
 from softinv_jax.dense_layers.recovery import DenseRecovery, recover_dense
 from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.exact import ChainInversion, gradient_distance, invert_from
-from softinv_jax.images.joint import JointInversion, JointTask, invert_jointly
+from softinv_jax.images.joint import JointInversion, JointTask, invert_jointly, largest_noise_share, without_noise
 from softinv_jax.images.layer_chain import (
     Activation,
     Chain,
@@ -91,13 +91,14 @@ def invert_dense(
     batch_size: int | Literal["auto"],
     *,
     unknown_scale: bool = False,
+    noise: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DenseImages:
     """Recover the examples behind one gradient, see `recover_dense`, and undo the layers before.
 
     Args:
       chain: whose `dense_end` is not None. parameters, gradients: by layer; one gradient.
-      image_shape, batch_size, unknown_scale, progress: as of `inversion.invert`.
+      image_shape, batch_size, unknown_scale, progress: as of `inversion.invert`. noise: as of `joint.JointTask`.
     """
     end = dense_end(chain)
     assert end is not None
@@ -129,13 +130,15 @@ def invert_dense(
     singly = can_be_undone(chain[:position]) and all(count.determined for count in counts if count.layer in before)
     if not singly and determined_together(chain, parameters, image_shape, recovery.rank, position):
         with jax.enable_x64(True):
-            joint = invert_jointly(_task(chain, parameters, gradients, layers, recovery, found, image_shape, position))
+            task = _task(chain, parameters, gradients, layers, recovery, found, image_shape, position, noise)
+            joint = invert_jointly(task)
         images[found], deviation[found] = joint.images, joint.error
         return unseen._replace(deviation=deviation, residual=joint.residual, joint=joint)
     if not can_be_undone(chain[:position]):
         return unseen
     with jax.enable_x64(True):
-        inverted, distance = _undo(_task(chain, parameters, gradients, layers, recovery, found, image_shape, position))
+        task = _task(chain, parameters, gradients, layers, recovery, found, image_shape, position, noise)
+        inverted, distance = _undo(task)
         images[found] = np.asarray(inverted.images)
         deviation[found] = np.sqrt(np.mean(np.asarray(inverted.deviation) ** 2, axis=(1, 2, 3)))
     condition, misfit = np.asarray(inverted.condition), np.asarray(inverted.misfit)
@@ -160,6 +163,7 @@ def _task(
     found: np.ndarray,
     image_shape: tuple[int, int, int],
     position: int,
+    noise: Mapping[str, Any] | None,
 ) -> JointTask:
     """What is known where the examples were told apart."""
     divisor = float(max(len(recovery.verdict), recovery.rank))
@@ -175,6 +179,7 @@ def _task(
         jnp.asarray(recovery.delta[found] @ layers.kernels[recovery.layer].T / divisor, jnp.float64),
         jnp.asarray(recovery.logit_gradient[found] / divisor, jnp.float64),
         unit_roundoff(layers.dtype),
+        noise or without_noise(gradients),
     )
 
 
@@ -190,7 +195,7 @@ def _undo(task: JointTask) -> tuple[ChainInversion, jax.Array]:
         task.logit_gradient,
         task.image_shape,
         position=task.position,
-        unit_roundoff=task.unit_roundoff,
+        unit_roundoff=largest_noise_share(task.gradients, task.noise, task.unit_roundoff),
     )
     distance = gradient_distance(task.chain, task.parameters, task.gradients, inverted.images, task.logit_gradient)
     return inverted, distance

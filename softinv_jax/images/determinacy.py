@@ -11,6 +11,7 @@ from softinv_jax.images.layer_chain import (
     Chain,
     Convolution,
     Dense,
+    Pool,
     chain_inputs,
     layer_parameters,
 )
@@ -27,7 +28,8 @@ class LayerCount:
 
     Attributes:
       layer: name. unknowns: entries of the input.
-      forward_equations: entries of the output, zero where the activation after it is not one to one.
+      forward_equations: entries of the output, zero where the activation after it is not one to one, or
+        pooling follows.
       gradient_equations: of dL/dK, no more than can be independent of each other.
       unmet: entries of the input that no window of the convolution meets; no equation has them.
     """
@@ -65,8 +67,7 @@ def count_equations(
     for layer in kernels[-2::-1]:
         index = chain.index(layer)
         inputs, outputs = shapes[index], shapes[index + 1]
-        following = chain[index + 1]
-        invertible = not isinstance(following, Activation) or ACTIVATIONS[following.function].one_to_one
+        invertible = _passes_on(chain[index + 1 :])
         if isinstance(layer, Dense):
             unknowns = batch_size * inputs[0]
             gradient = inputs[0] * min(batch_size, outputs[0])
@@ -77,6 +78,16 @@ def count_equations(
         forward = batch_size * math.prod(outputs) if invertible else 0
         counts.append(LayerCount(layer.name, unknowns, forward, gradient, unmet))
     return counts
+
+
+def _passes_on(following: Chain) -> bool:
+    """Whether all that leaves a layer is known from what enters the next one with parameters."""
+    for layer in following:
+        if isinstance(layer, Dense | Convolution):
+            break
+        if isinstance(layer, Pool) or (isinstance(layer, Activation) and not ACTIVATIONS[layer.function].one_to_one):
+            return False
+    return True
 
 
 def is_determined(
@@ -107,7 +118,8 @@ def equations_together(
     """Of all layers before the one at `position`, whose inputs are known: how many equations have the images at most?
 
     From the last to the first, of a layer's output no more can be known than its entries, and its gradient adds what
-    can be independent there. An activation is taken to pass everything on: what ReLU cuts off, only the data tell.
+    can be independent there. An activation is taken to pass everything on: what ReLU cuts off, only the data tell. Of
+    pooling no more is known than leaves it.
 
     Returns:
       The number; zero where an entry of the images is in no equation.

@@ -24,6 +24,7 @@ from softinv_jax.images.layer_chain import (
     Convolution,
     Dense,
     Flatten,
+    Pool,
     apply_chain,
     chain_inputs,
     layer_parameters,
@@ -77,7 +78,7 @@ def invert_chain(
     features: jax.Array,
     image_shape: tuple[int, int, int],
     *,
-    unit_roundoff: float,
+    unit_roundoff: float | jax.Array,
     steps: int = STEPS,
 ) -> ChainInversion:
     """Invert one gradient; pure, to be traced in float64.
@@ -107,7 +108,7 @@ def invert_from(
     image_shape: tuple[int, int, int],
     *,
     position: int,
-    unit_roundoff: float,
+    unit_roundoff: float | jax.Array,
     steps: int | jax.Array = STEPS,
     delta_shifts: Sequence[jax.Array] | None = None,
     guesses: Sequence[jax.Array] | None = None,
@@ -155,7 +156,7 @@ def undo_layers(
     known: Known,
     image_shape: tuple[int, int, int],
     layers: Sequence[int],
-    unit_roundoff: float,
+    unit_roundoff: float | jax.Array,
     steps: int | jax.Array = STEPS,
     delta_shifts: Sequence[jax.Array] | None = None,
     guesses: Sequence[jax.Array] | None = None,
@@ -171,6 +172,8 @@ def undo_layers(
             known = Known(*(array.reshape(-1, *shape) for array in known))
         elif isinstance(layer, Activation):
             known = _undo_activation(layer, known)
+        elif isinstance(layer, Pool):
+            raise ValueError("pooling cannot be undone by itself; the images are solved for as a whole, or matched")
         else:
             held, gradient = layer_parameters(parameters, layer.name), layer_parameters(gradients, layer.name)["kernel"]
             if isinstance(layer, Dense):
@@ -188,7 +191,7 @@ def enter_head(
     parameters: Mapping[str, Any],
     gradients: Mapping[str, Any],
     features: jax.Array,
-    unit_roundoff: float,
+    unit_roundoff: float | jax.Array,
 ) -> tuple[Known, jax.Array]:
     """The client's own p - y, (B, C), is what the head's gradient X^T (p - y) holds."""
     kernel = layer_parameters(parameters, head.name)["kernel"].astype(features.dtype)
@@ -238,7 +241,9 @@ def _undo_activation(layer: Activation, known: Known) -> Known:
     return Known(before, jnp.where(certain, carried, jnp.inf), first * known.delta, delta_deviation)
 
 
-def _undo_dense(kernel: jax.Array, gradient: jax.Array, known: Known, unit_roundoff: float) -> tuple[Known, _Met]:
+def _undo_dense(
+    kernel: jax.Array, gradient: jax.Array, known: Known, unit_roundoff: float | jax.Array
+) -> tuple[Known, _Met]:
     """H = pinv(delta)^T G^T. The large products stay in the gradient's own dtype: they are exact enough."""
     dual, condition = _dual(known.delta)
     # Matrix times vectors, as the matrix lies in memory: transposed, XLA would copy it first.
@@ -257,7 +262,7 @@ def _undo_convolution(
     known: Known,
     shape: tuple[int, ...],
     centre: jax.Array,
-    unit_roundoff: float,
+    unit_roundoff: float | jax.Array,
     steps: int | jax.Array,
 ) -> tuple[Known, _Met]:
     dtype = known.value.dtype

@@ -11,11 +11,12 @@ from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.images.dense_batches import DenseImages, dense_end, invert_dense
 from softinv_jax.images.determinacy import count_equations, determined_together
 from softinv_jax.images.groups import group_size, invert_groups
-from softinv_jax.images.joint import JointInversion, from_head, invert_jointly, judge_joint
+from softinv_jax.images.joint import JointInversion, from_head, invert_jointly, judge_joint, largest_noise_share
 from softinv_jax.images.layer_chain import Chain, Convolution, Dense, can_be_undone, layer_parameters
 from softinv_jax.images.matching import match_gradients
-from softinv_jax.images.objective import ApplyFunction, MatchingSettings
+from softinv_jax.images.objective import ApplyFunction, MatchingSettings, Model
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict, judge_image
+from softinv_jax.labels.scalar_equation import TOLERANCE
 from softinv_jax.labels.verdicts import Recovery, Verdict
 from softinv_jax.observation.head import Observation, check_finite, observe, observe_head
 from softinv_jax.recoveries import recover_many
@@ -32,6 +33,7 @@ def invert(
     batch_size: int | Literal["auto"] = 1,
     unknown_scale: bool = False,
     heads: Recovery | None = None,
+    noise: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageRecovery:
     """Recover labels and images, layer by layer, from the head or from whichever dense layer tells the examples apart.
@@ -50,6 +52,8 @@ def invert(
         gradient's rank shows.
       unknown_scale: the gradients carry an unknown factor (learning rate, sign).
       heads: what `recover_many` made of the heads of the N gradients, if that has been done, for batch_size 1 only.
+      noise: the gradients' tree, (N,) root mean square of each array's error beyond rounding, where that is known: for
+        gradients made of parameters, which were rounded. None where there is none.
       progress: called with (gradients done, N).
 
     Returns:
@@ -66,7 +70,8 @@ def invert(
         raise ValueError("batch_size='auto' needs a chain with a dense layer before the head; give the number")
     counts = count_equations(chain, parameters, image_shape, 1 if batch_size == "auto" else batch_size)
     total = _check_gradients(chain, parameters, gradients)
-    told = _Told(chain, parameters, gradients, image_shape, unknown_scale, tuple(count.layer for count in counts))
+    names = tuple(count.layer for count in counts)
+    told = _Told(chain, parameters, gradients, image_shape, unknown_scale, names, noise)
     report = progress or (lambda done, total: None)
     if end is not None and batch_size != 1:
         found = _invert_batches(told, batch_size, total, report)
@@ -81,8 +86,8 @@ def invert(
 
 def _with_dense(told: "_Told", single: ImageRecovery, rows: np.ndarray) -> ImageRecovery:
     """Single examples that the head leaves open, by the layer before it: its bias fixes the length of the feature."""
-    own = jax.tree.map(lambda leaf: leaf[rows], dict(told.gradients))
-    other = _invert_batches(told._replace(gradients=own), 1, len(rows), lambda done, total: None)
+    own, noise = jax.tree.map(lambda leaf: leaf[rows], (dict(told.gradients), told.noise))
+    other = _invert_batches(told._replace(gradients=own, noise=noise), 1, len(rows), lambda done, total: None)
     better = np.flatnonzero(np.all(other.label_verdict >= Verdict.AMBIGUOUS, axis=1))
     arrays = {name: np.array(value) for name, value in vars(single).items() if name != "layers"}
     for name, array in arrays.items():
@@ -111,6 +116,14 @@ class _Told(NamedTuple):
     image_shape: tuple[int, int, int]
     unknown_scale: bool
     layers: tuple[str, ...]
+    noise: Mapping[str, Any] | None
+
+    def one(self, index: int) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+        """One of the gradients, and its noise."""
+        gradient = jax.tree.map(lambda leaf: np.asarray(leaf[index]), dict(self.gradients))
+        if self.noise is None:
+            return gradient, None
+        return gradient, jax.tree.map(lambda leaf: float(leaf[index]), dict(self.noise))
 
 
 def _head_can(told: _Told, batch_size: int) -> bool:
@@ -125,10 +138,16 @@ def _invert_batches(
     """Each gradient's examples by its dense layers; rows of NaN where one gradient shows fewer than another."""
     found = []
     for index in range(total):
-        own = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), dict(told.gradients))
+        own, noise = told.one(index)
         found.append(
             invert_dense(
-                told.chain, told.parameters, own, told.image_shape, batch_size, unknown_scale=told.unknown_scale
+                told.chain,
+                told.parameters,
+                own,
+                told.image_shape,
+                batch_size,
+                unknown_scale=told.unknown_scale,
+                noise=noise,
             )
         )
         report(index + 1, total)
@@ -184,7 +203,7 @@ def _judge_dense(determined: bool, found: DenseImages, row: int, roundoff: float
 def _invert_by_heads(
     told: _Told, batch_size: int, heads: Recovery | None, total: int, report: Callable[[int, int], None]
 ) -> ImageRecovery:
-    chain, parameters, gradients, image_shape, unknown_scale, names = told
+    chain, parameters, gradients, image_shape, unknown_scale, names, _ = told
     counts = count_equations(chain, parameters, image_shape, batch_size)
     if heads is None:
         labels, features, label_verdict = _recover_heads(_head(chain, parameters, gradients), batch_size, unknown_scale)
@@ -204,14 +223,18 @@ def _invert_by_heads(
     together = not (determined and can_be_undone(chain)) and determined_together(
         chain, parameters, image_shape, batch_size, len(chain) - 1
     )
+    share, tolerated = _noise_shares(told, roundoff / 2)
+    singly = not together and can_be_undone(chain)
+    if not (together or singly):
+        verdict[complete] = ImageVerdict.UNDETERMINED
     groups = invert_groups(
         chain,
         parameters,
         gradients,
         features,
-        [] if together else np.flatnonzero(complete).tolist(),
+        np.flatnonzero(complete).tolist() if singly else [],
         image_shape,
-        unit_roundoff=roundoff / 2,
+        unit_roundoff=share,
         size=size,
         together=platform != "cpu",
     )
@@ -222,8 +245,9 @@ def _invert_by_heads(
         # Where the equations fit worse than their deviations say, these are too small.
         expected[rows] = np.maximum(np.max(found.misfit, axis=1, initial=1.0), 1.0)[:, None] * found.deviation
         for index in rows:
+            distance = 0.0 if residual[index] <= tolerated[index] else residual[index]
             verdict[index] = [
-                judge_image(determined, residual[index], error, image, roundoff)
+                judge_image(determined, distance, error, image, roundoff)
                 for error, image in zip(expected[index], images[index], strict=True)
             ]
         done += len(rows)
@@ -241,12 +265,32 @@ def _invert_by_heads(
     return ImageRecovery(images, labels, features, label_verdict, verdict, residual, expected, condition, misfit, names)
 
 
+def _noise_shares(told: _Told, unit_roundoff: float) -> tuple[float, np.ndarray]:
+    """Of all gradients the largest share of noise, see `joint`; and (N,) what residual it explains."""
+    total = len(jax.tree.leaves(told.gradients)[0])
+    if told.noise is None:
+        return unit_roundoff, np.zeros(total)
+    shares, tolerated = np.empty(total), np.empty(total)
+    for index in range(total):
+        gradient, noise = told.one(index)
+        assert noise is not None
+        shares[index] = largest_noise_share(gradient, noise, unit_roundoff)
+        explained = jax.tree.map(
+            lambda leaf, error: TOLERANCE * error * np.sqrt(leaf.size) / max(np.linalg.norm(leaf), 1e-300),
+            gradient,
+            noise,
+        )
+        tolerated[index] = max(jax.tree.leaves(explained))
+    # Rounded up: one program serves many updates.
+    return float(2.0 ** np.ceil(np.log2(shares.max()))), tolerated
+
+
 def _jointly(
     told: _Told, index: int, features: np.ndarray, start: np.ndarray | None, roundoff: float
 ) -> tuple[JointInversion, list[ImageVerdict]]:
     """One gradient's images from all layers together, and the verdicts on them."""
-    own = jax.tree.map(lambda leaf: np.asarray(leaf[index]), dict(told.gradients))
-    joint = invert_jointly(from_head(told.chain, told.parameters, own, features, told.image_shape), start)
+    own, noise = told.one(index)
+    joint = invert_jointly(from_head(told.chain, told.parameters, own, features, told.image_shape, noise), start)
     examples = zip(joint.error, joint.images, strict=True)
     return joint, [judge_joint(joint, float(error), image, roundoff) for error, image in examples]
 
@@ -344,12 +388,14 @@ def _single(result: Recovery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def match(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Mapping[str, Any],
     gradients: Mapping[str, Any],
     image_shape: tuple[int, int, int],
     *,
     batch_size: int = 1,
+    known: ImageRecovery | None = None,
+    features_fn: ApplyFunction | None = None,
     settings: MatchingSettings | None = None,
     restarts: int = 1,
     seed: int = 0,
@@ -358,8 +404,10 @@ def match(
     """Recover labels from the head, and match the gradient with them: for networks that are no chain of layers.
 
     Args:
-      apply_fn: (parameters, image (H, W, channels)) -> logits (C,).
+      apply_fn: (parameters, image (H, W, channels)) -> logits (C,), or a `WholeBatch`.
       parameters, gradients, image_shape, batch_size, progress: as in `invert`; the head is found by shape and name.
+      known: labels, features and their verdicts, if they have been recovered; its images are not used.
+      features_fn: as of `matching.match_gradients`; the features are matched too, by method `gf` of the settings.
       settings, restarts: see `matching.match_gradients`.
       seed: of the noise the restarts begin with.
 
@@ -371,7 +419,11 @@ def match(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, not {batch_size}")
-    labels, features, label_verdict = _recover_heads(observe_head(parameters, gradients), batch_size, False)
+    if known is None:
+        labels, features, label_verdict = _recover_heads(observe_head(parameters, gradients), batch_size, False)
+    else:
+        labels, features, label_verdict = known.labels, known.features, known.label_verdict
+        batch_size = labels.shape[1]
     total = len(labels)
     images = np.full((total, batch_size, *image_shape), np.nan, np.float32)
     verdict = np.full((total, batch_size), ImageVerdict.NOT_FOUND, np.int32)
@@ -385,6 +437,8 @@ def match(
             image_shape if batch_size == 1 else (batch_size, *image_shape),
             jax.random.key(seed),
             labels=labels[chosen, 0] if batch_size == 1 else labels[chosen],
+            features=None if features_fn is None else features[chosen, 0] if batch_size == 1 else features[chosen],
+            features_fn=features_fn,
             settings=settings,
             restarts=restarts,
             progress=progress,

@@ -17,17 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softinv_jax.activations import ACTIVATIONS
 from softinv_jax.float64 import argmin, in_float64
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ROUNDINGS, Known, enter_head, gradient_distance, undo_layers
 from softinv_jax.images.layer_chain import (
-    Activation,
     Chain,
     Convolution,
     Dense,
     apply_chain,
     can_be_undone,
+    layer_can_be_undone,
     layer_parameters,
     layers_as_tree,
 )
@@ -42,6 +41,8 @@ __all__ = [
     "from_head",
     "invert_jointly",
     "judge_joint",
+    "largest_noise_share",
+    "without_noise",
 ]
 
 LENGTHS = (1.0, 0.5, 0.2, 0.05)  # Of a step, of which the best is taken.
@@ -55,7 +56,7 @@ SETTLED = 0.01  # Of the misfit.
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["parameters", "gradients", "inputs", "deviation", "delta", "logit_gradient", "unit_roundoff"],
+    data_fields=["parameters", "gradients", "inputs", "deviation", "delta", "logit_gradient", "unit_roundoff", "noise"],
     meta_fields=["chain", "image_shape", "position"],
 )
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class JointTask:
       inputs: (B, d) of that layer. deviation: (B, d). delta: (B, d) the loss's derivative by them.
       logit_gradient: (B, C) the derivative by the logits.
       unit_roundoff: of the gradients' dtype.
+      noise: the gradients' tree, () root mean square of each array's error beyond that, as rounded parameters leave it.
     """
 
     chain: Chain
@@ -80,6 +82,7 @@ class JointTask:
     delta: jax.Array
     logit_gradient: jax.Array
     unit_roundoff: float
+    noise: Mapping[str, Any]
 
 
 class JointInversion(NamedTuple):
@@ -107,13 +110,16 @@ def from_head(
     gradients: Mapping[str, Any],
     features: np.ndarray,
     image_shape: tuple[int, int, int],
+    noise: Mapping[str, Any] | None = None,
 ) -> JointTask:
-    """One gradient, by layer, whose examples' features (B, d) are known from the head."""
+    """One gradient, by layer, whose examples' features (B, d) are known from the head; noise: see `JointTask`."""
     head = chain[-1]
     assert isinstance(head, Dense)
     roundoff = unit_roundoff(layer_parameters(gradients, head.name)["kernel"].dtype)
     inputs = jnp.asarray(features, jnp.float64)
-    known, logit_gradient = enter_head(head, parameters, gradients, inputs, roundoff)
+    noise = noise or without_noise(gradients)
+    relative = largest_noise_share(gradients, noise, roundoff)
+    known, logit_gradient = enter_head(head, parameters, gradients, inputs, relative)
     return JointTask(
         chain,
         image_shape,
@@ -125,7 +131,23 @@ def from_head(
         known.delta,
         logit_gradient,
         roundoff,
+        noise,
     )
+
+
+def without_noise(gradients: Mapping[str, Any]) -> Mapping[str, Any]:
+    """For `JointTask.noise`."""
+    return jax.tree.map(lambda leaf: 0.0, dict(gradients))
+
+
+def largest_noise_share(gradients: Mapping[str, Any], noise: Mapping[str, Any], roundoff: float) -> jax.Array:
+    """() of the array with most noise: relative to its largest entry; the unit roundoff where that is more."""
+    shares = jax.tree.map(
+        lambda leaf, error: error / jnp.maximum(jnp.max(jnp.abs(leaf)), jnp.finfo(jnp.float32).tiny),
+        dict(gradients),
+        dict(noise),
+    )
+    return jnp.maximum(roundoff, jnp.max(jnp.stack([jnp.asarray(share) for share in jax.tree.leaves(shares)])))
 
 
 @in_float64
@@ -164,7 +186,8 @@ def judge_joint(found: JointInversion, error: float, image: np.ndarray, roundoff
     """The verdict on one of the images, with its error; roundoff: of the gradient's dtype."""
     if not found.misfit < EXPLAINED:
         return ImageVerdict.INCONSISTENT
-    return judge_image(True, found.residual, error, image, roundoff)
+    # That they agree the misfit has said: of an update's digits half may be rounded away.
+    return judge_image(True, 0.0, error, image, roundoff)
 
 
 def _with_float64(task: JointTask) -> JointTask:
@@ -221,7 +244,7 @@ def _end(task: JointTask) -> int:
     }
     for index in range(task.position - 1, -1, -1):
         layer = chain[index]
-        if isinstance(layer, Activation) and ACTIVATIONS[layer.function].invert is None:
+        if not layer_can_be_undone(layer):
             return index + 1
         if isinstance(layer, Convolution | Dense) and not counts[layer.name]:
             return index + 1
@@ -233,11 +256,10 @@ def _end(task: JointTask) -> int:
 @partial(jax.jit, static_argnames="end")
 def _undone(task: JointTask, end: int) -> Known:
     """What leaves the layers that are solved together."""
-    known = Known(task.inputs, task.deviation, task.delta, ROUNDINGS * task.unit_roundoff * jnp.abs(task.delta))
+    relative = largest_noise_share(task.gradients, task.noise, task.unit_roundoff)
+    known = Known(task.inputs, task.deviation, task.delta, ROUNDINGS * relative * jnp.abs(task.delta))
     layers = range(task.position - 1, end - 1, -1)
-    return undo_layers(
-        task.chain, task.parameters, task.gradients, known, task.image_shape, layers, task.unit_roundoff
-    )[0]
+    return undo_layers(task.chain, task.parameters, task.gradients, known, task.image_shape, layers, relative)[0]
 
 
 @partial(jax.jit, static_argnames="end")
@@ -296,13 +318,19 @@ def _kernels(task: JointTask, end: int) -> dict[str, Any]:
 
 
 def _deviations(task: JointTask, kernels: dict[str, Any], relative: jax.Array | float) -> dict[str, Any]:
-    """Of each array that was sent: relative to its largest entry. Where that is zero, as the smallest of the others."""
+    """Of each array that was sent: relative to its largest entry, and its noise.
+
+    Where all entries are zero, as the smallest of the others.
+    """
     largest = {
         name: jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf)), layer_parameters(task.gradients, name))
         for name in kernels
     }
+    noise = {name: layer_parameters(task.noise, name) for name in kernels}
     least = jnp.min(jnp.stack([jnp.where(leaf > 0, leaf, jnp.inf) for leaf in jax.tree.leaves(largest)]))
-    return jax.tree.map(lambda leaf: relative * jnp.where(leaf > 0, leaf, least), largest)
+    return jax.tree.map(
+        lambda leaf, error: jnp.hypot(relative * jnp.where(leaf > 0, leaf, least), error), largest, noise
+    )
 
 
 def _differ(task: JointTask, own: dict[str, Any], deviations: dict[str, Any]) -> dict[str, Any]:

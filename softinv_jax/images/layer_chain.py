@@ -1,4 +1,4 @@
-"""A network as data: a chain of convolutions, dense layers, activations and a flattening, ending in the dense head.
+"""A network as data: a chain of convolutions, pooling, dense layers, activations and a flattening, ending in the head.
 
 What can be inverted layer by layer is described here, not programmed for one network. Parameters are those of flax
 linen: `kernel` (height, width, channels in, channels out) or (d, C), and perhaps `bias`, under the layer's name.
@@ -6,14 +6,14 @@ linen: `kernel` (height, width, channels in, channels out) or (d, C), and perhap
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from softinv_jax.activations import ACTIVATIONS
-from softinv_jax.convolution import Padding, convolve, output_size
+from softinv_jax.convolution import Padding, average_pool, convolve, max_pool, output_size
 
 __all__ = [
     "Activation",
@@ -22,12 +22,14 @@ __all__ = [
     "Dense",
     "Flatten",
     "Layer",
+    "Pool",
     "apply_chain",
     "apply_layer",
     "can_be_undone",
     "chain_inputs",
     "check_chain",
     "fcn_chain",
+    "layer_can_be_undone",
     "layer_parameters",
     "layers_as_tree",
     "lenet_chain",
@@ -62,11 +64,26 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The largest value or the mean of each window.
+
+    Attributes:
+      kind: `max` or `average`. size: of the window, (rows, columns). strides: (rows, columns).
+      padding: ((above, below), (left, right)); a mean counts its zeros, a maximum does not.
+    """
+
+    kind: Literal["max", "average"]
+    size: tuple[int, int]
+    strides: tuple[int, int]
+    padding: Padding = ((0, 0), (0, 0))
+
+
+@dataclass(frozen=True)
 class Flatten:
     """From (H, W, channels) to a vector, in the order row, column, channel."""
 
 
-Layer = Convolution | Dense | Activation | Flatten
+Layer = Convolution | Pool | Dense | Activation | Flatten
 Chain = tuple[Layer, ...]
 
 
@@ -123,6 +140,9 @@ def apply_layer(layer: Layer, parameters: Mapping[str, Any], values: jax.Array) 
         return values.reshape((*values.shape[:-3], -1))
     if isinstance(layer, Activation):
         return ACTIVATIONS[layer.function].apply(values)
+    if isinstance(layer, Pool):
+        pool = max_pool if layer.kind == "max" else average_pool
+        return pool(values, layer.size, layer.strides, layer.padding)
     held = layer_parameters(parameters, layer.name)
     kernel = jnp.asarray(held["kernel"])
     if isinstance(layer, Convolution):
@@ -150,10 +170,22 @@ def chain_inputs(
         shape = shapes[-1]
         if isinstance(layer, Flatten):
             shape = (shape[0] * shape[1] * shape[2],)
+        elif isinstance(layer, Pool):
+            sizes = _window_positions(layer.size, layer.strides, layer.padding, shape)
+            if min(sizes) < 1:
+                raise ValueError(f"windows {layer.size} of a Pool do not fit into its input {shape}; check image_shape")
+            shape = (*sizes, shape[-1])
         elif isinstance(layer, Dense | Convolution):
             shape = _output_shape(layer, layer_parameters(parameters, layer.name), shape)
         shapes.append(shape)
     return shapes
+
+
+def _window_positions(
+    size: tuple[int, ...], strides: tuple[int, int], padding: Padding, shape: tuple[int, ...]
+) -> tuple[int, int]:
+    rows, columns = (output_size(shape[axis], size[axis], strides[axis], padding[axis]) for axis in range(2))
+    return rows, columns
 
 
 def _output_shape(layer: Dense | Convolution, held: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -169,7 +201,7 @@ def _output_shape(layer: Dense | Convolution, held: Mapping[str, Any], shape: tu
         raise ValueError(f"layer {layer.name!r} has a bias {tuple(held['bias'].shape)}, but {kernel[-1:]} is needed")
     if isinstance(layer, Dense):
         return kernel[-1:]
-    sizes = tuple(output_size(shape[axis], kernel[axis], layer.strides[axis], layer.padding[axis]) for axis in range(2))
+    sizes = _window_positions(kernel, layer.strides, layer.padding, shape)
     if min(sizes) < 1:
         raise ValueError(f"the kernel {kernel} of layer {layer.name!r} does not fit into its input {shape}")
     return (*sizes, kernel[-1])
@@ -194,18 +226,41 @@ def check_chain(chain: Chain) -> None:
         elif isinstance(layer, Dense):
             if not flat:
                 raise ValueError(f"Dense layer {layer.name!r} comes before Flatten")
-        elif flat:
-            raise ValueError(f"Convolution {layer.name!r} comes after Flatten")
-        elif min(layer.strides) < 1 or min(min(side) for side in layer.padding) < 0:
+        else:
+            _check_windows(layer, flat)
+
+
+def _check_windows(layer: Convolution | Pool, flat: bool) -> None:
+    what = f"Convolution {layer.name!r}" if isinstance(layer, Convolution) else f"Pool {layer.kind!r}"
+    if flat:
+        raise ValueError(f"{what} comes after Flatten")
+    if min(layer.strides) < 1 or min(min(side) for side in layer.padding) < 0:
+        raise ValueError(
+            f"{what} has strides {layer.strides} and padding {layer.padding}; strides are positive, padding is not"
+            " negative"
+        )
+    if isinstance(layer, Pool):
+        inside = all(max(layer.padding[axis]) < layer.size[axis] for axis in range(2))
+        if layer.kind not in ("max", "average") or min(layer.size) < 1 or not inside:
             raise ValueError(
-                f"Convolution {layer.name!r} has strides {layer.strides} and padding {layer.padding}; strides are"
-                " positive, padding is not negative"
+                f"{what} has windows {layer.size} and padding {layer.padding}; a Pool is max or average, and its"
+                " windows are larger than the padding"
             )
 
 
 def can_be_undone(chain: Chain) -> bool:
-    """Whether every activation has an inverse where it is not flat; GELU and SiLU have not."""
-    return all(ACTIVATIONS[layer.function].invert is not None for layer in chain if isinstance(layer, Activation))
+    """Whether every layer can be undone by itself."""
+    return all(layer_can_be_undone(layer) for layer in chain)
+
+
+def layer_can_be_undone(layer: Layer) -> bool:
+    """Whether its input follows from its output, the loss's derivative by it, and its gradient.
+
+    Of an activation, where it is not flat; GELU and SiLU have no inverse, and pooling leaves values out.
+    """
+    if isinstance(layer, Activation):
+        return ACTIVATIONS[layer.function].invert is not None
+    return not isinstance(layer, Pool)
 
 
 def layers_as_tree(held: Mapping[str, Any]) -> dict[str, Any]:

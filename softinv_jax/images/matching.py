@@ -17,6 +17,7 @@ from softinv_jax.images.objective import (
     ApplyFunction,
     Guess,
     MatchingSettings,
+    Model,
     Target,
     guessed_label,
     kept_leaves,
@@ -59,7 +60,7 @@ class Matching:
 class _Problem(NamedTuple):
     """All that a program is compiled for besides the shapes of its arrays."""
 
-    apply_fn: ApplyFunction
+    apply_fn: Model
     features_fn: ApplyFunction | None
     settings: MatchingSettings
     kept: tuple[bool, ...]
@@ -78,7 +79,7 @@ class _Problem(NamedTuple):
 
 
 def match_gradient(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Any,
     gradient: Any,
     image_shape: tuple[int, ...],
@@ -125,7 +126,7 @@ def match_gradient(
 
 
 def match_gradients(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Any,
     gradients: Any,
     image_shape: tuple[int, ...],

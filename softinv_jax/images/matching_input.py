@@ -1,5 +1,6 @@
 """What gradient matching refuses, and why: every check of its input, before anything is compiled."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from softinv_jax.images.objective import ApplyFunction, MatchingSettings, Target
+from softinv_jax.images.objective import ApplyFunction, MatchingSettings, Model, Target, logits_of
 from softinv_jax.observation.head import check_finite
 
 __all__ = ["check_gradients", "check_matching_input", "checked_array", "output_shape"]
 
 
 def check_matching_input(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Any,
     gradients: Any,
     image_shape: tuple[int, ...],
@@ -36,7 +37,7 @@ def check_matching_input(
     batch = image_shape[:-3]
     examples = check_gradients(parameters, gradients)
     dtype = jnp.result_type(*jax.tree.leaves(parameters))
-    classes = output_shape("apply_fn", apply_fn, parameters, image_shape[-3:], dtype)
+    classes = output_shape("apply_fn", apply_fn, parameters, image_shape, dtype)
     label_shape = (examples, *batch, *classes)
     if labels is None:
         if not settings.optimise_label:
@@ -51,7 +52,7 @@ def check_matching_input(
             raise ValueError(
                 f"method={settings.method!r} matches the head's input, but {missing} is not given; use 'g'"
             )
-        size = output_shape("features_fn", features_fn, parameters, image_shape[-3:], dtype)
+        size = output_shape("features_fn", features_fn, parameters, image_shape, dtype)
         feature = checked_array("features", features, (examples, *batch, *size), dtype)
     bounds = []
     for name, value in (("low", low), ("high", high)):
@@ -96,13 +97,12 @@ def check_gradients(parameters: Any, gradients: Any) -> int:
     return int(examples[0])
 
 
-def output_shape(
-    name: str, function: ApplyFunction, parameters: Any, image_shape: tuple[int, ...], dtype: Any
-) -> tuple[int]:
-    """Shape of what a model makes of one image, which must be a vector."""
-    shape = jax.eval_shape(function, parameters, jax.ShapeDtypeStruct(image_shape, dtype)).shape
+def output_shape(name: str, function: Model, parameters: Any, image_shape: tuple[int, ...], dtype: Any) -> tuple[int]:
+    """Shape of what a model makes of one image, which must be a vector; image_shape: of the image, or of a batch."""
+    images = jax.ShapeDtypeStruct(image_shape, dtype)
+    shape = jax.eval_shape(partial(logits_of, function), parameters, images).shape[len(image_shape) - 3 :]
     if len(shape) != 1:
-        raise ValueError(f"{name} must map one image {image_shape} to a vector, but its result has shape {shape}")
+        raise ValueError(f"{name} must map one image {image_shape[-3:]} to a vector, but its result has shape {shape}")
     return shape
 
 

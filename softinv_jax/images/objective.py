@@ -17,16 +17,31 @@ __all__ = [
     "Guess",
     "MatchingSettings",
     "Method",
+    "Model",
     "Optimiser",
     "Target",
+    "WholeBatch",
     "guessed_label",
     "kept_leaves",
+    "logits_of",
     "mean_loss_gradient",
     "objective",
 ]
 
 ApplyFunction = Callable[[Any, jax.Array], jax.Array]
 """(parameters, image (H, W, channels)) -> logits (C,), or features (d,)."""
+
+
+class WholeBatch(NamedTuple):
+    """A model whose examples act on each other, as through batch normalisation in training.
+
+    apply: (parameters, images (B, H, W, channels)) -> logits (B, C).
+    """
+
+    apply: Callable[[Any, jax.Array], jax.Array]
+
+
+Model = ApplyFunction | WholeBatch
 
 Distance = Literal["l2", "cosine", "layerwise_cosine"]
 Method = Literal["g", "f", "gf"]
@@ -110,7 +125,15 @@ def guessed_label(guess: Guess, target: Target) -> jax.Array:
     return target.label if guess.label_logits is None else jax.nn.softmax(guess.label_logits)
 
 
-def mean_loss_gradient(apply_fn: ApplyFunction, parameters: Any, image: jax.Array, label: jax.Array) -> Any:
+def logits_of(apply_fn: Model, parameters: Any, image: jax.Array) -> jax.Array:
+    """(C,) of one image (H, W, channels), or (B, C) of a batch (B, H, W, channels)."""
+    if isinstance(apply_fn, WholeBatch):
+        logits = apply_fn.apply(parameters, image if image.ndim == 4 else image[None])
+        return logits if image.ndim == 4 else logits[0]
+    return apply_fn(parameters, image) if image.ndim == 3 else jax.vmap(apply_fn, (None, 0))(parameters, image)
+
+
+def mean_loss_gradient(apply_fn: Model, parameters: Any, image: jax.Array, label: jax.Array) -> Any:
     """Gradient by all parameters of the cross-entropy with a soft label; of a batch, of the mean over its examples.
 
     Args:
@@ -120,8 +143,7 @@ def mean_loss_gradient(apply_fn: ApplyFunction, parameters: Any, image: jax.Arra
     """
 
     def loss(candidate: Any) -> jax.Array:
-        logits = apply_fn(candidate, image) if image.ndim == 3 else jax.vmap(apply_fn, (None, 0))(candidate, image)
-        return -jnp.mean(jnp.sum(label * jax.nn.log_softmax(logits), axis=-1))
+        return -jnp.mean(jnp.sum(label * jax.nn.log_softmax(logits_of(apply_fn, candidate, image)), axis=-1))
 
     return jax.grad(loss)(parameters)
 
@@ -156,7 +178,7 @@ def objective(
     guess: Guess,
     target: Target,
     parameters: Any,
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     features_fn: ApplyFunction | None,
     settings: MatchingSettings,
     kept: tuple[bool, ...],

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from softinv_jax.float64 import in_float64
 from softinv_jax.images.distances import norm
 from softinv_jax.images.matching_input import check_gradients, checked_array, output_shape
-from softinv_jax.images.objective import ApplyFunction, mean_loss_gradient
+from softinv_jax.images.objective import Model, mean_loss_gradient
 from softinv_jax.images.verdicts import ImageRecovery, ImageVerdict
 from softinv_jax.matrix_free import TruncatedLSMR, random_signs
 
@@ -52,7 +52,7 @@ class Refinement:
 
 
 def refine(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Mapping[str, Any],
     gradients: Mapping[str, Any],
     recovery: ImageRecovery,
@@ -100,7 +100,7 @@ def refine(
 
 
 def refine_image(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Any,
     gradient: Any,
     image: ArrayLike,
@@ -143,7 +143,7 @@ def refine_image(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     dtype = jnp.result_type(*jax.tree.leaves(gradient))
-    classes = output_shape("apply_fn", apply_fn, parameters, shape[-3:], jnp.result_type(*jax.tree.leaves(parameters)))
+    classes = output_shape("apply_fn", apply_fn, parameters, shape, jnp.result_type(*jax.tree.leaves(parameters)))
     arrays = (
         checked_array("image", image, shape, dtype),
         checked_array("label", label, (*shape[:-3], *classes), dtype),
@@ -154,7 +154,7 @@ def refine_image(
 
 @in_float64
 def _refine(
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     parameters: Any,
     gradient: Any,
     arrays: tuple[jax.Array, jax.Array],
@@ -183,7 +183,7 @@ def _solve(
     label: jax.Array,
     epsilon: jax.Array,
     tolerance: jax.Array,
-    apply_fn: ApplyFunction,
+    apply_fn: Model,
     optimise_label: bool,
     steps: int,
     inner_steps: int,

@@ -79,7 +79,7 @@ def test_several_examples_are_left_to_the_layers_that_tell_them_apart(
     def invert(*_: object, batch_size: int, **__: object) -> None:
         raise ValueError(f"asked for {batch_size} in the average gradient")
 
-    monkeypatch.setattr("softinv_jax.images.inversion.invert", invert)
+    monkeypatch.setattr("softinv_jax.inversions.invert", invert)
     options = ("--local-steps", "3", "--learning-rate", str(RATE), "--batch-size", "6")
     assert main(command(files, tmp_path / "images.npz", *options)) == 2
     assert "asked for 6 in the average gradient" in capsys.readouterr().err
