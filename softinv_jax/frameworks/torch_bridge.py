@@ -37,11 +37,12 @@ def bridge(
     fixed = {name: np.asarray(value) for name, value in states.items() if name not in trained}
 
     def of_batch(parameters: Any, images: jax.Array) -> jax.Array:
-        given = flat(parameters, ".")
+        given = {name: jnp.asarray(value) for name, value in flat(parameters, ".").items()}
         kind = jnp.result_type(*given.values())
         own = {name: jnp.asarray(array, kind if array.dtype.kind == "f" else None) for name, array in fixed.items()}
         channels_first = jnp.moveaxis(jnp.asarray(images, kind), -1, 1)
-        with _dropout(module, dropout_seed, tuple(channels_first.shape)):
+        # PyTorch's operations broadcast, whatever the caller wants of JAX's.
+        with jax.numpy_rank_promotion("allow"), _dropout(module, dropout_seed, tuple(channels_first.shape)):
             return run({**own, **given}, (channels_first,))
 
     return of_batch

@@ -4,11 +4,15 @@
 Needs torch: pip install 'softinv_jax[torch]'.
 """
 
+import io
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from softinv_jax.activations import LEAK
+from softinv_jax.frameworks.npz_file import first_line
 from softinv_jax.images.layer_chain import Activation, Chain, Convolution, Dense, Flatten, Layer, Pool, check_chain
 
 try:
@@ -52,10 +56,10 @@ def read_chain(module: "torch.nn.Module", image_shape: tuple[int, int, int]) -> 
     height, width, channels = image_shape
     kind = next((value.dtype for value in module.parameters()), torch.float32)
     try:
-        program = torch.export.export(module, (torch.zeros(1, channels, height, width, dtype=kind),))
+        with _silence():
+            program = torch.export.export(module, (torch.zeros(1, channels, height, width, dtype=kind),))
     except Exception as error:  # Whatever forward raises, and torch's own.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotAChainError(f"torch.export cannot follow it: {reason}") from error
+        raise NotAChainError(f"torch.export cannot follow it: {first_line(error)}") from error
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
     value = [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in names][-1]
@@ -69,6 +73,18 @@ def read_chain(module: "torch.nn.Module", image_shape: tuple[int, int, int]) -> 
     except ValueError as error:
         raise NotAChainError(str(error)) from error
     return tuple(layers)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The error says what torch logs and prints at length."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _only_user(value: Any) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softinv_jax.frameworks.npz_file import first_line
 from softinv_jax.frameworks.parameter_files import Tree, flat, nested
 from softinv_jax.frameworks.torch_chain import NotAChainError, read_chain
 from softinv_jax.frameworks.torch_layout import linen_from_torch_chain
@@ -46,8 +47,6 @@ class TorchModel:
         self.image_shape = probe.image_shape
         self._module, self._probe = module, probe
         self._trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        if not self._trained:
-            raise ValueError("nothing of the module is trained: no parameter has requires_grad")
         self.parameters = nested({name: to_numpy(value) for name, value in self._trained.items()}, ".")
         self.chain: Chain | None = None
         self.not_a_chain = ""
@@ -68,10 +67,12 @@ class TorchModel:
         """
         from softinv_jax.frameworks.torch_bridge import bridge  # noqa: PLC0415 - chains need no torchax
 
-        function = bridge(self._module, self._trained, self._probe.seed)
-        together = self._probe.examples_act_on_each_other()
-        apply_fn = WholeBatch(function) if together else partial(_of_one, function)
-        self._probe.compare(apply_fn, self.parameters, lambda gradients: flat(gradients, "."))
+        # Also where it is first asked for inside a function that is being compiled.
+        with jax.ensure_compile_time_eval():
+            function = bridge(self._module, self._trained, self._probe.seed)
+            together = self._probe.examples_act_on_each_other()
+            apply_fn = WholeBatch(function) if together else partial(_of_one, function)
+            self._probe.compare(apply_fn, self.parameters, lambda gradients: flat(gradients, "."))
         return apply_fn
 
     @cached_property
@@ -140,6 +141,8 @@ def torch_model(
     Raises:
       ValueError: if the module cannot take such images, gives no logits, or is random and no seed was told.
     """
+    if not any(value.requires_grad for value in module.parameters()):
+        raise ValueError("nothing of the module is trained: no parameter has requires_grad")
     module = copy.deepcopy(module).to("cpu")
     return TorchModel(module, _Probe(module, image_shape, dropout_seed))
 
@@ -185,8 +188,7 @@ class _Probe:
             try:
                 found = own(given)
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"the module cannot take images {tuple(given.shape)}: {reason}") from error
+                raise ValueError(f"the module cannot take images {tuple(given.shape)}: {first_line(error)}") from error
         if not isinstance(found, torch.Tensor):
             raise ValueError(
                 f"the module must give logits (N, C), not a {type(found).__name__}; wrap it in one that does"
@@ -214,15 +216,20 @@ class _Probe:
 
         names: of the gradient's arrays. layout: makes arrays by the same names of the module's own.
         """
-        expected = layout(self._gradients(copy.deepcopy(self._module).double()))
-        with jax.enable_x64(True):
-            wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), parameters)
-            given = jnp.asarray(self._images, jnp.float64), jnp.asarray(self._label, jnp.float64)
+        wide = True
+        try:
+            own = self._gradients(copy.deepcopy(self._module).double(), torch.float64)
+        except RuntimeError:  # Something inside is float32, whatever the parameters are.
+            wide, own = False, self._gradients(self._module, torch.float32)
+        expected = layout(own)
+        with jax.enable_x64(wide):
+            kind = jnp.float64 if wide else jnp.float32
+            held = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), parameters)
+            given = jnp.asarray(self._images, kind), jnp.asarray(self._label, kind)
             try:
-                found = jax.jit(lambda held: mean_loss_gradient(apply_fn, held, *given))(wide)
+                found = jax.jit(lambda held: mean_loss_gradient(apply_fn, held, *given))(held)
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"this module cannot be computed in JAX: {reason}") from error
+                raise ValueError(f"this module cannot be computed in JAX: {first_line(error)}") from error
             gradients = {name: np.asarray(value) for name, value in names(found).items()}
         total = math.sqrt(sum(float(np.sum(value**2)) for value in expected.values()))
         for name, value in expected.items():
@@ -234,8 +241,9 @@ class _Probe:
                     " an operation of this module is computed otherwise there, or its forward is random"
                 )
 
-    def _gradients(self, module: "torch.nn.Module") -> dict[str, np.ndarray]:
-        images = torch.from_numpy(np.moveaxis(self._images, -1, 1).copy()).double()
+    def _gradients(self, module: "torch.nn.Module", kind: "torch.dtype") -> dict[str, np.ndarray]:
+        module = copy.deepcopy(module)
+        images = torch.from_numpy(np.moveaxis(self._images, -1, 1).copy()).to(kind)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if self.seed is None else self.seed)
             logits = module(images)
