@@ -8,11 +8,11 @@ from typing import Any
 
 from softinv_jax.audit.catalogue import DEFENCES
 from softinv_jax.audit.models import MODELS
+from softinv_jax.client.dataset_names import PHOTOGRAPHS_NAME
 from softinv_jax.client.soft_labels import FAMILIES
 
-__all__ = ["PHOTOGRAPHS", "AuditSettings", "Sweep", "default_sweeps", "quick_settings", "settings_from_toml"]
+__all__ = ["AuditSettings", "Sweep", "default_sweeps", "quick_settings", "settings_from_toml"]
 
-PHOTOGRAPHS = "photographs"
 _SWITCHES = ("sign", "head_withheld", "cutmix")
 # These need no second compiled search, for gradients of unknown scale.
 _QUICK = ("gaussian_noise", "pruning", "smoothing", "head_withheld")
@@ -82,7 +82,7 @@ class AuditSettings:
     Attributes:
       title: of the report.
       network: a name of `MODELS`. epochs: of training on the data before the attack; 0 for the untrained network.
-      dataset: `photographs`, or a prepared TFDS data set. data_dir: where that was prepared.
+      dataset: `photographs`, `folder:PATH`, `FILE.npz`, or a prepared TFDS data set. data_dir: where that was prepared.
       label_format: a name of `FAMILIES`: what clients train on where the defence is not one of the label.
       scale_known: whether the observer knows the factor between what clients send and the gradient of their loss.
       samples: clients, each with one example, in each cell (defence and strength).
@@ -97,7 +97,7 @@ class AuditSettings:
     title: str = "What the gradients give away"
     network: str = "lenet"
     epochs: int = 0
-    dataset: str = PHOTOGRAPHS
+    dataset: str = PHOTOGRAPHS_NAME
     data_dir: str | None = None
     label_format: str = "hard"
     scale_known: bool = True
@@ -129,7 +129,7 @@ class AuditSettings:
             raise ValueError(
                 f"sampling_rate = {self.sampling_rate} must lie in (0, 1], and delta = {self.delta} in (0, 1)"
             )
-        if self.data_dir is not None and self.dataset == PHOTOGRAPHS:
+        if self.data_dir is not None and self.dataset == PHOTOGRAPHS_NAME:
             raise ValueError(f"data_dir = {self.data_dir!r} is for a TFDS data set; name that as the dataset")
         keys = [(sweep.defence, sweep.others) for sweep in self.sweeps]
         if len(set(keys)) < len(keys):

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from softinv_jax.audit.models import MODELS
-from softinv_jax.audit.settings import PHOTOGRAPHS, AuditSettings
-from softinv_jax.client.datasets import ImageDataset, load_photographs, load_tfds
+from softinv_jax.audit.settings import AuditSettings
+from softinv_jax.client.dataset_names import load_public_and_private
+from softinv_jax.client.datasets import ImageDataset
 from softinv_jax.client.gradients import ApplyFunction
 from softinv_jax.client.networks import apply_function, initial_batch_statistics, initialise, initialise_fan_in
 from softinv_jax.client.training import train
@@ -18,8 +19,8 @@ from softinv_jax.observation.head import find_head
 
 __all__ = ["System", "make_system"]
 
-# Images of a TFDS data set that the audit reads, or photographs' crops a class.
-TFDS_IMAGES = 5000
+# Images of a data set that the audit reads, or photographs' crops a class.
+IMAGES_READ = 5000
 CROPS, TRAINING_CROPS = 50, 200
 # These keys compile three times faster than the default's, and nothing here needs stronger ones.
 KEYS = "unsafe_rbg"
@@ -65,7 +66,14 @@ def make_system(
     """
     model = MODELS[settings.network]
     assert model.network is not None
-    public, private = _load(settings, model.image_size)
+    public, private = load_public_and_private(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        image_size=model.image_size,
+        limit=IMAGES_READ,
+        crops=(TRAINING_CROPS if settings.epochs else CROPS, CROPS),
+        seed=settings.seed,
+    )
     classes, shape = private.number_of_classes, private.images.shape[1:]
     key = jax.random.key(settings.seed, impl=KEYS)
     if parameters is not None:
@@ -106,21 +114,3 @@ def make_system(
     return System(
         name, apply_fn, result.parameters, model.chain, private, float(result.accuracy), bool(result.batch_statistics)
     )
-
-
-def _load(settings: AuditSettings, image_size: int) -> tuple[ImageDataset, ImageDataset]:
-    """Images to train on, and those the clients keep private; both with the statistics of the former."""
-    if settings.dataset == PHOTOGRAPHS:
-        crops = TRAINING_CROPS if settings.epochs else CROPS
-        public = load_photographs(per_class=crops, image_size=image_size, seed=settings.seed)
-        private = load_photographs(split="test", per_class=CROPS, image_size=image_size, seed=settings.seed)
-    else:
-        options: dict[str, Any] = {"data_dir": settings.data_dir, "image_size": image_size, "limit": TFDS_IMAGES}
-        try:
-            public = load_tfds(settings.dataset, "train", **options)
-        except ValueError as error:
-            if "no split" not in str(error):
-                raise
-            public = load_tfds(settings.dataset, "test", **options)
-        private = load_tfds(settings.dataset, "test", **options)
-    return public, private.with_statistics_of(public)

@@ -6,10 +6,10 @@ data that were prepared before and says how to prepare them where they were not.
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,16 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
 
-__all__ = ["PHOTOGRAPHS", "ImageDataset", "load_photographs", "load_tfds"]
+__all__ = [
+    "PHOTOGRAPHS",
+    "ImageDataset",
+    "check_limits",
+    "fit_picture",
+    "load_photographs",
+    "load_tfds",
+    "read_picture",
+    "stack_pictures",
+]
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,12 +53,12 @@ class ImageDataset:
     """Labelled 8-bit images on the host, with the statistics that normalise them.
 
     Attributes:
-        images: (N, H, W, 3), uint8.
+        images: (N, H, W, channels), uint8; one channel is gray.
         classes: (N,), int32.
         class_names: one name for each class.
         name: where the images come from.
-        mean: three channel means on the scale [0, 1].
-        std: three channel deviations on the scale [0, 1].
+        mean: of each channel, on the scale [0, 1].
+        std: deviation of each channel, on the scale [0, 1].
     """
 
     images: np.ndarray
@@ -66,13 +75,13 @@ class ImageDataset:
         """Make a data set whose mean and standard deviation are those of its own images.
 
         Raises:
-            ValueError: if `images` are not uint8 (N, H, W, 3) with N >= 1, `classes` not (N,) integers
+            ValueError: if `images` are not uint8 (N, H, W, channels) with N >= 1, `classes` not (N,) integers
                 within `class_names`, or a channel is constant.
         """
         images, classes = np.asarray(images), np.asarray(classes)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
             found = f"{images.dtype} {images.shape}"
-            raise ValueError(f"Expected uint8 images (N, H, W, 3), got {found}. Repeat a gray channel.")
+            raise ValueError(f"Expected uint8 images (N, H, W, channels), got {found}. Gray ones have one channel.")
         if classes.shape != images.shape[:1] or not np.issubdtype(classes.dtype, np.integer):
             found = f"{classes.dtype} {classes.shape}"
             raise ValueError(f"Expected integer classes ({images.shape[0]},), got {found}. One an image.")
@@ -96,21 +105,21 @@ class ImageDataset:
         return replace(self, mean=other.mean, std=other.std)
 
     def normalised(self) -> jax.Array:
-        """Return (images / 255 - mean) / std, (N, H, W, 3), float32."""
+        """Return (images / 255 - mean) / std, (N, H, W, channels), float32."""
         mean, std = (np.asarray(value, np.float32)[None, None, None] for value in (self.mean, self.std))
         return (jnp.asarray(self.images, jnp.float32) / 255.0 - mean) / std
 
     def denormalise(self, images: ArrayLike) -> jax.Array:
-        """Undo `normalised` for images (..., H, W, 3): values on the scale [0, 1], not clipped."""
+        """Undo `normalised` for images (..., H, W, channels): values on the scale [0, 1], not clipped."""
         images = jnp.asarray(images)
-        shape = (1,) * (images.ndim - 1) + (3,)
+        shape = (1,) * (images.ndim - 1) + (-1,)
         mean = jnp.asarray(self.mean, images.dtype).reshape(shape)
         return images * jnp.asarray(self.std, images.dtype).reshape(shape) + mean
 
 
 def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # From the histogram of the 256 values: exact, and no float copy of the images.
-    channels = images.reshape(-1, 3).T
+    channels = images.reshape(-1, images.shape[-1]).T
     shares = np.stack([np.bincount(channel, minlength=256) for channel in channels]) / channels.shape[1]
     values = np.arange(256) / 255.0
     mean = shares @ values
@@ -181,7 +190,7 @@ def load_tfds(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     limit: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> ImageDataset:
     """Read a prepared TensorFlow data set through `tfds.data_source`, without TensorFlow and without network.
@@ -191,20 +200,19 @@ def load_tfds(
         split: e.g. 'train', or a slice 'test[:1000]'.
         data_dir: where the data were prepared; else the variable TFDS_DATA_DIR, else ~/tensorflow_datasets.
         limit: read only the first `limit` examples (TFDS shuffled them when it prepared them).
-        image_size: cut the central square and resize it to this side, pixels; None leaves images as they are.
+        image_size: (height, width), or the side of squares, pixels: cut the largest central part of that shape and
+            resize it. None leaves images as they are.
         progress: called with (images read, images in all, note).
 
     Returns:
-        An `ImageDataset`; gray images are repeated over three channels.
+        An `ImageDataset`; gray images have one channel, unless others of the set have three.
 
     Raises:
         FileNotFoundError: if the data are not prepared as array_record; the message says how to do that.
         ValueError: on an unknown name or split, a data set without 'image' and 'label', or images of
             several sizes while `image_size` is None.
     """
-    for option, value in (("limit", limit), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"Expected {option}={value} >= 1. Use None for everything as it is.")
+    check_limits(limit, image_size)
     import tensorflow_datasets as tfds  # noqa: PLC0415 - takes two seconds to import
 
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
@@ -216,14 +224,12 @@ def load_tfds(
     classes: list[int] = []
     for start in range(0, count, _CHUNK):
         for record in source.__getitems__(list(range(start, min(start + _CHUNK, count)))):
-            images.append(_decode(record["image"], image_size))
+            images.append(read_picture(io.BytesIO(record["image"]), image_size))
             classes.append(int(record["label"]))
         if progress is not None:
             progress(len(images), count, f"{name} {split}")
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"The images of {name!r} have several sizes while image_size=None. Give one.")
     names = tuple(builder.info.features["label"].names)
-    return ImageDataset.from_images(np.stack(images), np.asarray(classes), names, f"{name}/{split}")
+    return ImageDataset.from_images(stack_pictures(images, name), np.asarray(classes), names, f"{name}/{split}")
 
 
 def _prepared_builder(tfds: Any, name: str, split: str, folder: Path) -> Any:
@@ -250,12 +256,39 @@ def _prepared_builder(tfds: Any, name: str, split: str, folder: Path) -> Any:
     return builder
 
 
-def _decode(encoded: bytes, image_size: int | None) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded)) as file:
-        picture = file.convert("RGB")
-    if image_size is not None and picture.size != (image_size, image_size):
-        side = min(picture.size)
-        left, top = (picture.width - side) / 2, (picture.height - side) / 2
-        box = (left, top, left + side, top + side)
-        picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(picture)
+def check_limits(limit: int | None, image_size: int | tuple[int, int] | None) -> None:
+    """Raise ValueError unless both are positive, or None."""
+    for option, value in (("limit", limit), ("image_size", image_size)):
+        if value is not None and min(np.atleast_1d(value)) < 1:
+            raise ValueError(f"Expected {option}={value} >= 1. Use None for everything as it is.")
+
+
+def read_picture(file: BinaryIO | Path, image_size: int | tuple[int, int] | None) -> np.ndarray:
+    """One picture as uint8 (H, W, 1) if it is gray, else (H, W, 3); see `load_tfds` for its size."""
+    with Image.open(file) as picture:
+        return fit_picture(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"), image_size)
+
+
+def fit_picture(picture: Image.Image, image_size: int | tuple[int, int] | None) -> np.ndarray:
+    """The largest central part of the shape wanted, resized; (H, W, channels)."""
+    if image_size is not None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if picture.size != (width, height):
+            scale = min(picture.width / width, picture.height / height)
+            left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
+            box = (left, top, left + scale * width, top + scale * height)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def stack_pictures(pictures: Sequence[np.ndarray], name: str) -> np.ndarray:
+    """(N, H, W, channels); gray ones get three channels where others have them.
+
+    Raises:
+        ValueError: where sizes differ.
+    """
+    if len({picture.shape[:2] for picture in pictures}) > 1:
+        raise ValueError(f"The images of {name!r} have several sizes while image_size=None. Give one.")
+    channels = max(picture.shape[2] for picture in pictures)
+    return np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in pictures])

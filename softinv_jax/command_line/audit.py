@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softinv_jax.command_line.argument_types import DATASET_HELP
 from softinv_jax.command_line.console import InputError, input_errors, progress_report, result_console
 from softinv_jax.command_line.outputs import check_apart, check_folder, make_folder, write_atomically, write_npz
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
@@ -72,7 +73,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("--title", help="of the report")
     parser.add_argument("--network", metavar="NAME", help="lenet, fcn4, resnet18, ... (lenet)")
     parser.add_argument("--epochs", type=int, metavar="N", help="of training before the attack; 0: untrained (0)")
-    parser.add_argument("--dataset", metavar="NAME", help="of TFDS, prepared; else photographs that need no download")
+    parser.add_argument("--dataset", metavar="NAME", help=DATASET_HELP)
     parser.add_argument("--data-dir", metavar="FOLDER", help="where TFDS data sets were prepared")
     parser.add_argument("--label-format", metavar="NAME", help="of the clients: hard, smoothing, mixup, ... (hard)")
     parser.add_argument("--unknown-scale", action="store_true", help="the observer does not know the learning rate")

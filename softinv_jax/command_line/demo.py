@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from softinv_jax.command_line.argument_types import DATASET_HELP
 from softinv_jax.command_line.console import InputError, person_console, progress_report, result_console
 from softinv_jax.command_line.outputs import check_folder, make_folder
 
@@ -20,7 +21,7 @@ __all__ = ["add_parser", "interpretation", "run"]
 FORMATS = ("hard", "smoothing", "mixup", "smoothed_mixup", "k_way_mixup", "cutmix", "dense")
 SCALES = {"known": (True,), "unknown": (False,), "both": (True, False)}
 PHOTOGRAPHS = "photographs"
-TFDS_IMAGES = 5000
+IMAGES_READ = 5000
 
 _DESCRIPTION = """\
 Play client and server on real images: a small network (LeNet), untrained and briefly trained; clients that compute
@@ -47,8 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--dataset",
         default=PHOTOGRAPHS,
         metavar="NAME",
-        help="photographs: crops of ten photographs, always at hand, one class each (default); or a prepared TFDS"
-        " data set such as cifar10",
+        help=DATASET_HELP,
     )
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the TFDS data set was prepared")
     parser.add_argument(
@@ -142,25 +142,20 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> "tuple[ImageDataset, ImageDataset]":
     """Images to train on, and those the clients keep private; both with the statistics of the former."""
-    from softinv_jax.client.datasets import load_photographs, load_tfds  # noqa: PLC0415
+    from softinv_jax.client.dataset_names import load_public_and_private  # noqa: PLC0415
 
     try:
-        if arguments.dataset == PHOTOGRAPHS:
-            # Without training they only give the mean and deviation of the pixels.
-            public = load_photographs(per_class=200 if arguments.epochs else 20, seed=arguments.seed)
-            private = load_photographs(split="test", per_class=50, seed=arguments.seed)
-        else:
-            options: dict[str, Any] = {"data_dir": arguments.data_dir, "image_size": 32}
-            try:
-                public = load_tfds(arguments.dataset, "train", limit=TFDS_IMAGES, **options)
-            except ValueError as error:
-                if "no split" not in str(error):
-                    raise
-                public = load_tfds(arguments.dataset, "test", limit=TFDS_IMAGES, **options)
-            private = load_tfds(arguments.dataset, "test", limit=TFDS_IMAGES, **options)
+        # Without training, photographs to train on only give the mean and deviation of the pixels.
+        return load_public_and_private(
+            arguments.dataset,
+            data_dir=arguments.data_dir,
+            image_size=32,
+            limit=IMAGES_READ,
+            crops=(200 if arguments.epochs else 20, 50),
+            seed=arguments.seed,
+        )
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"--dataset {arguments.dataset}: {error}") from error
-    return public, private.with_statistics_of(public)
 
 
 def interpretation(rows: "Sequence[DemoRow]") -> str:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["GRAY", "LabelExample", "Landscape", "empty_figure", "labels_figure", "landscape_figure"]
+__all__ = ["GRAY", "LabelExample", "Landscape", "empty_figure", "labels_figure", "landscape_figure", "show_pixels"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -105,7 +105,7 @@ def labels_figure(examples: Sequence[LabelExample], class_names: Sequence[str], 
     grid = figure.subplots(rows, 2 * columns, width_ratios=[1.0, 2.6] * columns, squeeze=False)
     panels = [(row[2 * place], row[2 * place + 1]) for row in grid for place in range(columns)]
     for (picture, bars), example in zip(panels, examples, strict=False):
-        picture.imshow(np.clip(example.image, 0, 1), interpolation="nearest")
+        show_pixels(picture, example.image)
         picture.set_axis_off()
         _draw_label(bars, example, class_names)
     for picture, bars in panels[len(examples) :]:
@@ -148,6 +148,18 @@ def _draw_legend(axes: Axes) -> None:
         Line2D([], [], color=ORANGE, marker="o", linestyle="", label="label recovered from the gradient"),
     ]
     axes.legend(handles=handles, loc="center left", frameon=False, fontsize=12, borderaxespad=0)
+
+
+def show_pixels(axes: Axes, image: np.ndarray) -> None:
+    """(H, W, channels) in [0, 1], clipped; the first channel in gray where there are not three."""
+    pixels = np.clip(image, 0, 1)
+    axes.imshow(
+        pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3],
+        cmap="gray",
+        interpolation="nearest",
+        vmin=0,
+        vmax=1,
+    )
 
 
 def empty_figure(width: float, height: float) -> Figure:

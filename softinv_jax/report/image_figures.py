@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softinv_jax.report.figures import GRAY, empty_figure
+from softinv_jax.report.figures import GRAY, empty_figure, show_pixels
 
 __all__ = ["ImageExample", "images_figure", "recovered_images_figure"]
 
@@ -77,8 +77,7 @@ def _show(axes: Axes, image: np.ndarray, title: str, note: str) -> None:
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     if np.all(np.isfinite(image)):
-        pixels = np.clip(image, 0, 1)
-        axes.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3], cmap="gray", interpolation="nearest")
+        show_pixels(axes, image)
     else:
         axes.set_xlim(0, 1)
         axes.text(0.5, 0.5, "no image", ha="center", va="center", color=GRAY)

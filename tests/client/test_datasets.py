@@ -57,7 +57,7 @@ def test_a_test_set_takes_the_statistics_of_its_train_set(small) -> None:
     ("images", "classes", "message"),
     [
         (np.zeros((2, 4, 4, 3)), np.zeros(2, int), "float64"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int), r"\(2, 4, 4, 1\)"),
+        (np.zeros((2, 4, 4), np.uint8), np.zeros(2, int), r"\(2, 4, 4\)"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, int), r"\(3,\)"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 9]), "0 to 9"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, int), "std="),
