@@ -30,6 +30,7 @@ from softinv_jax.whole_models import as_batch, find_dense_end, recover_model, re
 
 __all__ = ["Inversion", "Method", "Network", "describe_determinacy", "invert_gradients", "invert_observed"]
 
+DEFAULT_MATCHING = MatchingSettings()
 Method = Literal["auto", "exact", "matching"]
 Progress = Callable[[int, int, str], None]
 
@@ -117,7 +118,7 @@ def invert_gradients(
     batch_size: int | Literal["auto"] = 1,
     unknown_scale: bool = False,
     method: Method = "auto",
-    settings: MatchingSettings | None = None,
+    matching: MatchingSettings | None = DEFAULT_MATCHING,
     restarts: int = 1,
     progress: Progress | None = None,
 ) -> Inversion:
@@ -130,13 +131,14 @@ def invert_gradients(
       unknown_scale: the gradients carry an unknown factor; then nothing is matched.
       method: `exact`, for a chain only; `matching`; `auto`: exact where the layers are determined, else matching, with
         what the chain's layers tell of labels and features.
-      settings, restarts: of matching.
+      matching: its settings, or None: where the layers do not determine the images, only labels are recovered.
+      restarts: of matching.
       progress: called with (done, all, what).
 
     Raises:
       ValueError: as `inversion.invert` and `inversion.match`.
     """
-    told = _Told(network, parameters, gradients, batch_size, unknown_scale, method, settings, restarts, progress)
+    told = _Told(network, parameters, gradients, batch_size, unknown_scale, method, matching, restarts, progress)
     return _invert(told, None, None)
 
 
@@ -146,7 +148,7 @@ def invert_observed(
     *,
     batch_size: int | Literal["auto"] = 1,
     method: Method = "auto",
-    settings: MatchingSettings | None = None,
+    matching: MatchingSettings | None = DEFAULT_MATCHING,
     restarts: int = 1,
     progress: Progress | None = None,
 ) -> Inversion:
@@ -164,7 +166,7 @@ def invert_observed(
     first = updates[0]
     gradients = jax.tree.map(lambda *leaves: np.stack(leaves), *(update.gradients for update in updates))
     told = _Told(
-        network, first.parameters, gradients, batch_size, not first.scale_known, method, settings, restarts, progress
+        network, first.parameters, gradients, batch_size, not first.scale_known, method, matching, restarts, progress
     )
     if network.chain is not None and _runs_client(told, first):
         report = told.report
@@ -194,7 +196,7 @@ class _Told:
     batch_size: int | Literal["auto"]
     unknown_scale: bool
     method: Method
-    settings: MatchingSettings | None
+    matching: MatchingSettings | None
     restarts: int
     progress: Progress | None
 
@@ -203,6 +205,8 @@ class _Told:
             raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {self.method!r}")
         if self.method == "exact" and self.network.chain is None:
             raise ValueError("method 'exact' needs a network that is a chain of layers; use 'matching'")
+        if self.method == "matching" and self.matching is None:
+            raise ValueError("method 'matching' needs its settings: matching=MatchingSettings()")
 
     @property
     def report(self) -> Progress:
@@ -248,6 +252,8 @@ def _invert(told: _Told, heads: Recovery | None, updates: Sequence[ObservedUpdat
             return Inversion("exact", known, reason)
         if told.unknown_scale or np.all(np.any(known.label_verdict < Verdict.AMBIGUOUS, axis=1)):
             return Inversion("labels", known, reason)
+    if told.matching is None:
+        return Inversion("labels", known or _labels(told, heads, updates), reason)
     return Inversion("matching", _match(told, known, heads, updates), reason)
 
 
@@ -270,7 +276,8 @@ def _match(
         )
     if known is None:
         known = _labels(told, heads, updates)
-    settings, features_fn = told.settings or MatchingSettings(), None
+    settings, features_fn = told.matching, None
+    assert settings is not None
     if network.chain is not None and network.function is None and settings.method == "g":
         features_fn, settings = network.features_fn, replace(settings, method="gf")
     found = match(

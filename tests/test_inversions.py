@@ -60,14 +60,14 @@ def test_a_determined_chain_is_inverted() -> None:
 def test_too_few_equations_are_counted_out_and_matched() -> None:
     chain = (Convolution("conv"), Activation("sigmoid"), Pool("max", (4, 4), (4, 4)), Flatten(), Dense("head"))
     parameters = make_parameters()
-    parameters["conv"] = {part: array[..., :2] for part, array in parameters["conv"].items()}
-    parameters["head"]["kernel"] = parameters["head"]["kernel"][:2]
+    parameters["conv"] = {part: array[..., :6] for part, array in parameters["conv"].items()}
+    parameters["head"]["kernel"] = parameters["head"]["kernel"][:6]
     reason = describe_determinacy(chain, parameters, SHAPE, 2)
     assert "2 images have 60 unknowns" in reason
-    assert "at most 12 equations (layer conv" in reason
+    assert "at most 36 equations (layer conv" in reason
     gradients = gradients_of(chain, parameters)
     network = Network(SHAPE, chain)
-    found = invert_gradients(network, parameters, gradients, settings=FEW)
+    found = invert_gradients(network, parameters, gradients, matching=FEW)
     assert found.method == "matching"
     assert "many images fit" in found.reason
     # An image that matches would still be one of many.
@@ -76,6 +76,9 @@ def test_too_few_equations_are_counted_out_and_matched() -> None:
     told = invert_gradients(network, parameters, gradients, unknown_scale=True)
     assert told.method == "labels"
     assert np.all(np.isnan(told.recovery.images))
+    alone = invert_gradients(Network(SHAPE, None, network.apply_fn), parameters, gradients, matching=None)
+    assert alone.method == "labels"
+    assert np.all(np.isnan(alone.recovery.images))
 
 
 def test_a_function_is_matched() -> None:
@@ -85,11 +88,11 @@ def test_a_function_is_matched() -> None:
         return apply_chain(chain, held, image)
 
     gradients = gradients_of(chain, parameters)
-    found = invert_gradients(Network(SHAPE, None, apply_fn), parameters, gradients, settings=FEW)
+    found = invert_gradients(Network(SHAPE, None, apply_fn), parameters, gradients, matching=FEW)
     assert found.method == "matching"
     assert np.all(found.recovery.label_verdict == Verdict.UNIQUE)
     together = WholeBatch(lambda held, images: apply_chain(chain, held, images))
-    same = invert_gradients(Network(SHAPE, None, together), parameters, gradients, settings=FEW)
+    same = invert_gradients(Network(SHAPE, None, together), parameters, gradients, matching=FEW)
     np.testing.assert_allclose(same.recovery.images, found.recovery.images, atol=1e-2)
 
 
@@ -97,10 +100,10 @@ def test_batches_of_a_function_that_nothing_tells_apart() -> None:
     chain, parameters = CHAIN, make_parameters()
     mean = jax.tree.map(lambda leaf: leaf.mean(axis=0, keepdims=True), gradients_of(chain, parameters))
     network = Network(SHAPE, None, Network(SHAPE, chain).apply_fn)
-    found = invert_gradients(network, parameters, mean, batch_size=2, settings=FEW)
+    found = invert_gradients(network, parameters, mean, batch_size=2, matching=FEW)
     assert found.recovery.images.shape == (1, 2, *SHAPE)
     with pytest.raises(ValueError, match="nothing tells the examples"):
-        invert_gradients(network, parameters, mean, batch_size=9, settings=FEW)
+        invert_gradients(network, parameters, mean, batch_size=9, matching=FEW)
 
 
 def updates_of(parameters: Any, gradients: Any, index: int, **options: Any) -> Any:
@@ -124,7 +127,12 @@ def test_updates_of_one_step_and_of_several() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"method": "magic"}, "magic"), ({"method": "exact"}, "chain"), ({"unknown_scale": True}, "scale")],
+    [
+        ({"method": "magic"}, "magic"),
+        ({"method": "exact"}, "chain"),
+        ({"unknown_scale": True}, "scale"),
+        ({"method": "matching", "matching": None}, "settings"),
+    ],
 )
 def test_what_cannot_be_done_is_said(options: dict[str, Any], said: str) -> None:
     parameters = make_parameters()

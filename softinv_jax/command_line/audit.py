@@ -15,6 +15,7 @@ import numpy as np
 from softinv_jax.command_line.argument_types import DATASET_HELP
 from softinv_jax.command_line.console import InputError, input_errors, progress_report, result_console
 from softinv_jax.command_line.outputs import check_apart, check_folder, make_folder, write_atomically, write_npz
+from softinv_jax.command_line.torch_files import add_torch_options, check_torch_options
 from softinv_jax.command_line.update_options import add_update_options, check_update_options
 
 if TYPE_CHECKING:
@@ -34,14 +35,17 @@ The attack is told neither the label format nor the defence. An interrupted audi
 are kept in the folder's cells/ and used again when the settings are the same.
 
 With --updated the folder reports what real updates of your own model give away (docs/frameworks.md): PyTorch,
-safetensors or npz files, one for each client; nobody needs to know their labels."""
+safetensors or npz files, one for each client; nobody needs to know their labels. With --torch-model as well the report
+shows images (docs/your-model.md)."""
 
 _EPILOG = """\
 examples:
   softinv audit --quick                                      a few minutes, offline, an untrained LeNet
   softinv audit --network lenet --epochs 15 --samples 100    a trained network
   softinv audit --config audit.toml --out june               settings from a file; docs/audit.md says which
-  softinv audit --parameters server.pt --updated client1.pt client2.pt --learning-rate 0.1"""
+  softinv audit --parameters server.pt --updated client1.pt client2.pt --learning-rate 0.1
+  softinv audit --torch-model model.py:Net --image-size 32 --parameters server.pt --updated client1.pt \\
+                --learning-rate 0.1                          labels and images of a PyTorch model of yours"""
 
 # Option -> field of AuditSettings.
 _FIELDS = {
@@ -91,6 +95,14 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--batch-size", default="1", metavar="B|auto", help="examples behind each update; with --updated"
     )
     parser.add_argument("--json", action="store_true", help="print results.json on stdout, and nothing else there")
+    parser.add_argument(
+        "--match-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of gradient matching, for likenesses of images that the layers do not determine (0: none)",
+    )
+    add_torch_options(parser)
     add_update_options(parser)
     parser.set_defaults(run=run)
 
@@ -102,6 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
       InputError: for anything the user can put right.
     """
     check_update_options(arguments)
+    check_torch_options(arguments)
     folder = Path(arguments.out)
     check_folder(arguments.out)
     results_file, report_file = folder / "results.json", folder / "report.html"
@@ -110,11 +123,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.updated is not None:
         from softinv_jax.command_line.audit_updates import report_updates  # noqa: PLC0415 - load jax
 
-        results, pages = report_updates(arguments)
-        pictures: dict[str, bytes] = {}
+        results, pages, pictures = report_updates(arguments)
     else:
-        for option in ("head", "batch_size"):
-            if getattr(arguments, option) not in (None, "1"):
+        for option in ("head", "batch_size", "torch_model", "image_size", "match_steps"):
+            if getattr(arguments, option) not in (None, "1", 0):
                 raise InputError(f"--{option.replace('_', '-')} goes with --updated")
         results, pages, pictures = _report_system(arguments, folder)
     text = json.dumps(results, allow_nan=False, indent=1) + "\n"

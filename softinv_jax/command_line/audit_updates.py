@@ -1,23 +1,35 @@
 """`softinv audit --updated`: a report on what real clients' updates give away; nobody needs to know their labels."""
 
 import argparse
+import dataclasses
+import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.batches.class_counts import ClassCounts
-from softinv_jax.command_line.console import InputError, input_errors, progress_report
+from softinv_jax.command_line.console import InputError, Report, input_errors, progress_report
 from softinv_jax.command_line.update_files import observe_heads, read_updates
+from softinv_jax.images.objective import MatchingSettings
+from softinv_jax.images.verdicts import ImageVerdict, image_verdict_names
+from softinv_jax.inversions import Inversion, invert_observed
 from softinv_jax.observation.head import Observation
 from softinv_jax.observation.updates import ObservedUpdate
 from softinv_jax.recoveries import BatchSize, as_approximate, recover_many
 from softinv_jax.report.audit_report import UpdateRow, render_updates_report
+from softinv_jax.report.image_figures import recovered_images_figure
 from softinv_jax.report.summary import assumption_notes, batch_summary, describe_format, recovery_summary
 from softinv_jax.whole_models import find_dense_end, recover_update
 
+if TYPE_CHECKING:
+    from softinv_jax.frameworks.torch_model import TorchModel
+
 __all__ = ["report_updates"]
 
+SHOWN = 64  # Images in the report.
 TITLE = "What these updates give away"
 _OF_A_SYSTEM = (
     "config",
@@ -35,18 +47,23 @@ _OF_A_SYSTEM = (
 )
 
 
-def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Read the updates, recover their labels, and describe them.
+def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, dict[str, bytes]]:
+    """Read the updates, recover their labels, and their images where the model is told, and describe them.
 
     Returns:
-      What goes into results.json, and the page.
+      What goes into results.json, the page, and pictures by name.
 
     Raises:
       InputError: one line that names what is wrong and the remedy.
     """
     _check(arguments)
     size = _batch_size(arguments.batch_size)
-    updates = read_updates(arguments)
+    model = None
+    if arguments.torch_model is not None:
+        from softinv_jax.command_line.torch_files import image_shape, read_torch_model  # noqa: PLC0415 - optional
+
+        model = read_torch_model(arguments, image_shape(arguments))
+    updates = read_updates(arguments) if model is None else read_updates(arguments, model.tree)
     observation = observe_heads(updates, arguments.head)
     known = arguments.learning_rate is not None
     total = len(updates)
@@ -59,10 +76,11 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             summary = recovery_summary(recover_many(observation, thorough=True, unknown_scale=not known, **options))
         else:
             summary = batch_summary(_recover_batches(updates, observation, size, arguments.head, options))
+        images = None if model is None else _invert(model, updates, size, arguments, report)
     names = [Path(path).name for path in arguments.updated]
     rows = _single_rows(names, summary) if size == 1 else _batch_rows(names, summary)
     statement = updates[0].statement
-    findings = _findings(rows, total, summary["verdicts"], arguments.local_steps) + assumption_notes(summary)
+    findings = _findings(rows, total, summary["verdicts"], arguments.local_steps, images) + assumption_notes(summary)
     settings = {
         "parameters": Path(arguments.parameters).name,
         "updates": total,
@@ -80,9 +98,97 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ("Data", "no prior knowledge of images or labels"),
     )
     versions = summary.pop("versions")
-    page = render_updates_report(arguments.title or TITLE, findings, rows, assumptions, settings, versions)
-    results = {"findings": findings, "settings": settings, "assumptions": dict(assumptions), "versions": versions}
-    return results | summary, page
+    advice = _advice(summary["verdicts"], images)
+    pictures = {} if images is None else _pictures(images)
+    page = render_updates_report(
+        arguments.title or TITLE, findings, rows, assumptions, settings, versions, advice=advice, pictures=pictures
+    )
+    results = {
+        "findings": findings,
+        "advice": advice,
+        "settings": settings,
+        "assumptions": dict(assumptions),
+        "versions": versions,
+    }
+    if images is not None:
+        results["images"] = {"method": images.method, "reason": images.reason or None, "verdicts": _counts(images)}
+    return results | summary, page, pictures
+
+
+def _invert(
+    model: "TorchModel", updates: list[ObservedUpdate], size: BatchSize, arguments: argparse.Namespace, report: Report
+) -> Inversion:
+    matching = MatchingSettings(steps=arguments.match_steps) if arguments.match_steps else None
+    network = dataclasses.replace(model.network, head=arguments.head)
+    return invert_observed(network, updates, batch_size=size, matching=matching, progress=report)
+
+
+def _counts(images: Inversion) -> dict[str, int]:
+    """Images by verdict, the best first; without those there are none of."""
+    verdicts = images.recovery.verdict
+    counts = {kind.name.lower(): int(np.sum(verdicts == kind)) for kind in reversed(ImageVerdict)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _pictures(images: Inversion) -> dict[str, bytes]:
+    recovery = images.recovery
+    shown = recovery.images.reshape(-1, *recovery.images.shape[2:])[:SHOWN]
+    if not np.any(np.isfinite(shown)):
+        return {}
+    buffer = io.BytesIO()
+    names = image_verdict_names(recovery.verdict.ravel()[:SHOWN]).tolist()
+    recovered_images_figure(shown, names).savefig(buffer, format="png")
+    return {"images": buffer.getvalue()}
+
+
+def _image_findings(images: Inversion) -> list[str]:
+    counts, total = _counts(images), images.recovery.verdict.size
+    exact, near = counts.get("exact", 0), counts.get("approximate", 0)
+    findings = [f"{exact} of {total} images come back exactly."] if exact else []
+    if near:
+        findings.append(f"{near} of {total} images come back nearly: their gradient is the one sent.")
+    if images.reason:
+        findings.append(f"{images.reason} No image can be told for sure from one such update.")
+    if images.method == "matching":
+        findings.append(
+            "The pictures shown are the best likenesses that gradient matching found; nothing says how like they are."
+        )
+    if not findings:
+        findings.append(f"Of {total} images none is known.")
+    return findings
+
+
+def _advice(verdicts: dict[str, int], images: Inversion | None) -> list[str]:
+    """What to do next, as far as the findings suggest it."""
+    counts = {} if images is None else _counts(images)
+    leaks = verdicts.get("unique", 0) + verdicts.get("conditional", 0) + counts.get("exact", 0)
+    advice = []
+    if leaks:
+        advice.append(
+            "Do not let a server see single updates: with secure aggregation it sees sums over many clients only."
+        )
+        advice.append(
+            "Where it must see them, add noise as DP-SGD does. softinv audit --defences differential_privacy"
+            " gaussian_noise measures, on a network of yours, from which strength on nothing is certain any more."
+        )
+        advice.append(
+            "Larger batches and more local steps make it harder, but are no protection by themselves: audit again"
+            " with --batch-size and --local-steps as your clients use them."
+        )
+    else:
+        advice.append(
+            "That nothing is certain here says nothing of other updates: audit those of smaller batches, of fewer local"
+            " steps and of the first rounds, which give away most."
+        )
+    if images is None:
+        advice.append(
+            "Give --torch-model FILE.py:NAME and --image-size, to see what these updates give away of images."
+        )
+    elif images.reason:
+        advice.append(
+            "Wider first layers have more equations than images have unknowns: audit again if you change them."
+        )
+    return advice
 
 
 def _recover_batches(
@@ -149,7 +255,9 @@ def _known(deviation: float | None) -> str:
     return "exact" if deviation == 0 else f"every entry to ±{deviation:.0e}"
 
 
-def _findings(rows: list[UpdateRow], updates: int, verdicts: dict[str, int], local_steps: int) -> list[str]:
+def _findings(
+    rows: list[UpdateRow], updates: int, verdicts: dict[str, int], local_steps: int, images: Inversion | None
+) -> list[str]:
     certain, several = verdicts.get("unique", 0), verdicts.get("ambiguous", 0)
     examples = f"{len(rows)} examples behind {updates} updates" if len(rows) != updates else f"{updates} updates"
     findings = [f"The labels of {certain} of {examples} leak with certainty: only one explains each."]
@@ -168,6 +276,8 @@ def _findings(rows: list[UpdateRow], updates: int, verdicts: dict[str, int], loc
     if rest:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in rest.items())
         findings.append(f"Of the rest nothing is claimed: {counts}.")
+    if images is not None:
+        return findings + _image_findings(images)
     if certain + conditional + several:
         findings.append(
             "With a label comes the input of the last layer, and, in a chain of invertible layers, the image"

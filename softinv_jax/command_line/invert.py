@@ -88,14 +88,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="examples behind each gradient (1); auto, for fcn4 and mlp: as many as its rank shows",
     )
     parser.add_argument(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="height and width of the images, or one side of square ones (the network's usual)",
-    )
-    parser.add_argument("--channels", type=int, default=3, help="of the images: 1 for gray ones (3)")
-    parser.add_argument(
         "--unknown-scale", action="store_true", help="the gradients carry an unknown factor; for exact only"
     )
     parser.add_argument("--steps", type=int, default=4800, metavar="N", help="of matching (4800)")
@@ -183,21 +175,12 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise InputError(f"--batch-size auto is for fcn4 and mlp; give the number for {arguments.model}")
     if arguments.batch_size == "auto" and arguments.method == "matching":
         raise InputError("--batch-size auto needs --method exact; matching must be told the number")
-    if own and arguments.image_size is None:
-        raise InputError("--torch-model needs --image-size, such as --image-size 32, or height and width")
     if arguments.unknown_scale and arguments.updated is not None:
         raise InputError("--unknown-scale is for --gradients; with --updated leave --learning-rate out")
-    _check_numbers(arguments)
-
-
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    if arguments.image_size is not None and len(arguments.image_size) > 2:
-        raise InputError(f"--image-size {' '.join(map(str, arguments.image_size))}: give height and width, or one side")
-    for option in ("channels", "steps", "restarts", "image_size", "refine"):
+    for option in ("steps", "restarts", "refine"):
         value = getattr(arguments, option)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and number < 1:
-                raise InputError(f"--{option.replace('_', '-')} {number}: give 1 or more")
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} {value}: give 1 or more")
 
 
 def _invert(arguments: argparse.Namespace, source: "Source", report: Report) -> "Inversion":
@@ -209,7 +192,7 @@ def _invert(arguments: argparse.Namespace, source: "Source", report: Report) -> 
     options: dict[str, Any] = {
         "batch_size": arguments.batch_size,
         "method": arguments.method,
-        "settings": MatchingSettings(steps=arguments.steps),
+        "matching": MatchingSettings(steps=arguments.steps),
         "restarts": arguments.restarts,
         "progress": report,
     }

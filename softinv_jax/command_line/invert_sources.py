@@ -44,8 +44,7 @@ def read_source(arguments: argparse.Namespace) -> Source:
     """
     if arguments.torch_model is None:
         return _of_built_in(arguments)
-    sides = arguments.image_size
-    model = torch_files.read_torch_model(arguments, (sides[0], sides[-1], arguments.channels))
+    model = torch_files.read_torch_model(arguments, torch_files.image_shape(arguments))
     if arguments.method == "exact" and model.chain is None:
         raise InputError(f"--method exact needs a chain of layers: {model.not_a_chain}; use --method matching")
     if arguments.updated is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from softinv_jax.frameworks.parameter_files import Tree
     from softinv_jax.frameworks.torch_model import TorchModel
 
-__all__ = ["add_torch_options", "check_torch_options", "read_torch_gradients", "read_torch_model"]
+__all__ = ["add_torch_options", "check_torch_options", "image_shape", "read_torch_gradients", "read_torch_model"]
 
 
 _OPTIONS = {"torch_arguments": None, "evaluation_mode": False, "dropout_seed": None}
@@ -32,6 +32,14 @@ def add_torch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--torch-arguments", metavar="JSON", help="""what NAME is called with: '{"width": 64}', or a list ({})"""
     )
+    group.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="height and width of the images, or one side of square ones",
+    )
+    group.add_argument("--channels", type=int, default=3, help="of the images: 1 for gray ones (3)")
     group.add_argument(
         "--evaluation-mode", action="store_true", help="clients took their step in module.eval() (module.train())"
     )
@@ -49,9 +57,22 @@ def check_torch_options(arguments: argparse.Namespace) -> None:
     Raises:
       InputError: for options that go with --torch-model, where that is not given.
     """
+    if arguments.torch_model is not None and arguments.image_size is None:
+        raise InputError("--torch-model needs --image-size, such as --image-size 32, or height and width")
+    for number in [*(arguments.image_size or []), arguments.channels]:
+        if number < 1:
+            name = "channels" if number == arguments.channels else "image-size"
+            raise InputError(f"--{name} {number}: give 1 or more")
+    if len(arguments.image_size or []) > 2:
+        raise InputError(f"--image-size {' '.join(map(str, arguments.image_size))}: give height and width, or one side")
     for option, default in _OPTIONS.items():
         if arguments.torch_model is None and getattr(arguments, option) != default:
             raise InputError(f"--{option.replace('_', '-')} describes a PyTorch module; give --torch-model with it")
+
+
+def image_shape(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """(H, W, channels), of options that `check_torch_options` has seen."""
+    return arguments.image_size[0], arguments.image_size[-1], arguments.channels
 
 
 def read_torch_model(arguments: argparse.Namespace, image_shape: tuple[int, int, int]) -> "TorchModel":

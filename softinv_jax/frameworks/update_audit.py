@@ -1,18 +1,23 @@
 """What each client's update gives away, round after round, for a server that sends parameters and gets them back."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
 from softinv_jax.batches.class_counts import ClassCounts
 from softinv_jax.frameworks.parameter_files import Tree, name_arrays, trained_layers
+from softinv_jax.images.objective import MatchingSettings
+from softinv_jax.inversions import Inversion, Network, invert_observed
 from softinv_jax.labels.verdicts import Recovery
 from softinv_jax.observation.updates import ObservedUpdate, observe_update
 from softinv_jax.recoveries import BatchSize
 from softinv_jax.whole_models import recover_update
+
+if TYPE_CHECKING:
+    from softinv_jax.frameworks.torch_model import TorchModel
 
 __all__ = ["ClientAudit", "UpdateAuditor"]
 
@@ -24,6 +29,8 @@ class ClientAudit:
     Attributes:
       server_round: from 1. client: the framework's name for it.
       recovery: a `Recovery` of one example, or a `BatchRecovery`; None where there is a problem.
+      images: what `invert_observed` finds, where the auditor was given a model; None where nothing tells the
+        examples apart.
       update: of the whole model, for the images, where the auditor keeps updates; else None.
       statement: what the observation rests on, see `ObservedUpdate`.
       problem: why this update could not be audited, or None.
@@ -32,6 +39,7 @@ class ClientAudit:
     server_round: int
     client: int | str
     recovery: Recovery | BatchRecovery | ClassCounts | None
+    images: Inversion | None
     update: ObservedUpdate | None
     statement: str
     problem: str | None
@@ -47,6 +55,8 @@ class UpdateAuditor:
         head: str | None = None,
         names: Sequence[str] | None = None,
         to_tree: Callable[[Mapping[str, np.ndarray]], Tree] | None = None,
+        model: "TorchModel | None" = None,
+        matching: MatchingSettings | None = None,
         keep_updates: bool = False,
         **training: Any,
     ) -> None:
@@ -58,6 +68,8 @@ class UpdateAuditor:
           names: of the arrays, in their order, where clients send a list: `list(model.state_dict())`.
           to_tree: makes a tree of layers of the arrays by name, such as a function that calls `linen_from_torch`;
             `trained_layers` by default.
+          model: from `torch_model`; then images are recovered as well, where its layers determine them.
+          matching: where they do not, match the gradient with these settings, which takes a while; None does not.
           keep_updates: keep each whole update, not only what its head gives away.
           training: `learning_rate`, `local_steps`, `momentum`, ... of `observe_update`. Without `learning_rate` that is
             recovered too, as `recovery.scale`.
@@ -69,7 +81,12 @@ class UpdateAuditor:
         observe_update({"x": np.ones(1)}, {"x": np.ones(1)}, **training)
         self.audits: list[ClientAudit] = []
         self._batch_size, self._head, self._names = batch_size, head, names
-        self._to_tree, self._keep_updates, self._training = to_tree or trained_layers, keep_updates, training
+        if model is not None and to_tree is not None:
+            raise ValueError("a model names and turns the arrays itself; leave to_tree out")
+        self._to_tree = to_tree or (trained_layers if model is None else model.tree)
+        self._model, self._matching = model, matching
+        self._network: Network | None = None
+        self._keep_updates, self._training = keep_updates, training
 
     def audit(
         self,
@@ -84,16 +101,27 @@ class UpdateAuditor:
           server_round, client: for the record.
           before, after: parameters by name, or lists in the order of `names`.
         """
-        recovery, update, problem = None, None, None
+        recovery, images, update, problem = None, None, None, None
         try:
             update = observe_update(self._tree(before), self._tree(after), **self._training)
             recovery = recover_update(update, batch_size=self._batch_size, head=self._head)
+            images = self._images(update, recovery)
         except ValueError as error:
             problem = str(error)
         statement = "" if update is None else update.statement
         kept = update if self._keep_updates else None
-        self.audits.append(ClientAudit(server_round, client, recovery, kept, statement, problem))
+        self.audits.append(ClientAudit(server_round, client, recovery, images, kept, statement, problem))
         return self.audits[-1]
+
+    def _images(self, update: ObservedUpdate, recovery: Recovery | BatchRecovery | ClassCounts) -> Inversion | None:
+        if self._model is None or isinstance(recovery, ClassCounts):
+            return None
+        if self._matching is None and self._model.chain is None:
+            return None  # Nothing more than the labels.
+        if self._network is None:
+            network = self._model.network
+            self._network = network if self._head is None else replace(network, head=self._head)
+        return invert_observed(self._network, [update], batch_size=self._batch_size, matching=self._matching)
 
     def _tree(self, arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray]) -> Tree:
         if isinstance(arrays, Mapping):

@@ -24,6 +24,15 @@ VERDICTS = (
 )
 
 
+IMAGE_VERDICTS = (
+    ("exact", "the client's image: its gradient is the one sent, and it is known to half a gray level"),
+    ("approximate", "its gradient is the one sent; it is known less exactly than that"),
+    ("undetermined", "one of many images that have this gradient: a picture of it, if any, is no evidence"),
+    ("inconsistent", "its gradient is not quite the one sent: a likeness at best"),
+    ("not_found", "no image, because nothing told the examples apart"),
+)
+
+
 @dataclass(frozen=True)
 class UpdateRow:
     """What one example behind one client's update gives away, in words.
@@ -94,10 +103,20 @@ def render_updates_report(
     assumptions: Sequence[tuple[str, str]],
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
+    *,
+    advice: Sequence[str] = (),
+    pictures: Mapping[str, bytes] | None = None,
 ) -> str:
-    """The report on updates that real clients sent, whose labels nobody told, as HTML."""
+    """The report on updates that real clients sent, whose labels nobody told, as HTML.
+
+    Args:
+      advice: what to do next, a sentence each. pictures: PNG by name, `images` for those recovered.
+    """
     return _render(
         "updates_report.html",
+        advice=advice,
+        pictures=_embedded(pictures or {}),
+        image_verdicts=IMAGE_VERDICTS,
         title=title,
         findings=findings,
         rows=rows,
