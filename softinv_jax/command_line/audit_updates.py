@@ -259,7 +259,8 @@ def _findings(
     rows: list[UpdateRow], updates: int, verdicts: dict[str, int], local_steps: int, images: Inversion | None
 ) -> list[str]:
     certain, several = verdicts.get("unique", 0), verdicts.get("ambiguous", 0)
-    examples = f"{len(rows)} examples behind {updates} updates" if len(rows) != updates else f"{updates} updates"
+    sent = f"{updates} update{'s' * (updates != 1)}"
+    examples = f"{len(rows)} examples behind {sent}" if len(rows) != updates else sent
     findings = [f"The labels of {certain} of {examples} leak with certainty: only one explains each."]
     conditional = verdicts.get("conditional", 0)
     if conditional:
