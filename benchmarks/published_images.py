@@ -7,7 +7,8 @@ our own and copies none of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,14 +93,17 @@ def inverting_gradients(
     *,
     steps: int,
     variation: float = 1e-2,
+    gradient_of: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]] | None = None,
 ) -> np.ndarray:
     """Cosine distance over all layers, total variation, Adam on the gradient's sign, pixels kept in their box.
 
-    Label (C,); low and high (channels,). Returns the image (H, W, channels) of the lowest loss.
+    Label (C,), or (B, C) for a batch; low and high (channels,). Returns the image (H, W, channels), or images, of the
+    lowest loss. `gradient_of` (images, labels) is that of another network than LeNet, which then needs no parameters.
     """
+    gradient_of = gradient_of or partial(gradient, parameters)
     device = observed[0].device
     image = torch.randn(shape, device=device, requires_grad=True)
-    target = torch.as_tensor(np.asarray(label, np.float32), device=device)[None]
+    target = torch.as_tensor(np.atleast_2d(np.asarray(label, np.float32)), device=device)
     box = [torch.as_tensor(np.asarray(end, np.float32), device=device).reshape(1, -1, 1, 1) for end in (low, high)]
     optimiser = torch.optim.Adam([image], lr=0.1)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [int(share * steps) for share in DECAY_AT], gamma=0.1)
@@ -107,7 +111,7 @@ def inverting_gradients(
     best, best_loss = image.detach().clone(), float("inf")
     for _ in range(steps):
         optimiser.zero_grad()
-        dummy = gradient(parameters, image, target)
+        dummy = gradient_of(image, target)
         product = torch.stack([(a * b).sum() for a, b in zip(dummy, observed, strict=True)]).sum()
         own = torch.sqrt(torch.stack([(part**2).sum() for part in dummy]).sum())
         across = (image[..., 1:] - image[..., :-1]).abs().mean() + (image[..., 1:, :] - image[..., :-1, :]).abs().mean()
@@ -121,4 +125,5 @@ def inverting_gradients(
         schedule.step()
         with torch.no_grad():
             image.copy_(torch.minimum(torch.maximum(image, box[0]), box[1]))
-    return best[0].permute(1, 2, 0).cpu().numpy()
+    images = best.permute(0, 2, 3, 1).cpu().numpy()
+    return images if np.ndim(label) == 2 else images[0]

@@ -197,8 +197,8 @@ def recover_update(
 
     Returns:
       A `Recovery` of NumPy arrays, or a `BatchRecovery` for another batch size than 1, whose `scale`
-      includes the learning rate where that is not known. Where the update is not exact, nothing is `unique`.
-      `ClassCounts` for as many examples as classes or more.
+      includes the learning rate where that is not known. Where the update is not exact, nothing is `unique`
+      and no count is sure. `ClassCounts` for as many examples as classes or more.
 
     Raises:
       ValueError: as `recover`, and for a head that is not found.
@@ -208,7 +208,7 @@ def recover_update(
         batch = _recover_batch(
             update, observation, batch_size, head, activation, {"loss": loss, "reduction": reduction}
         )
-        return batch if update.exact or isinstance(batch, ClassCounts) else as_approximate(batch)
+        return batch if update.exact else as_approximate(batch)
     # Rounding of the parameters is noise, which only the thorough search can deal with.
     found = many.recover_many(
         stack_observations([observation]),

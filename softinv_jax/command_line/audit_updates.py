@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
-from softinv_jax.batches.class_counts import ClassCounts
 from softinv_jax.command_line.console import InputError, Report, input_errors, progress_report
 from softinv_jax.command_line.update_files import observe_heads, read_updates
 from softinv_jax.images.objective import MatchingSettings
@@ -203,7 +202,7 @@ def _recover_batches(
             found.append(recover_update(update, batch_size=size, head=head))
     else:
         together: list[Any] = recover_many(observation, batch_size=size, unknown_scale=not first.scale_known, **options)
-        found = [one if first.exact or isinstance(one, ClassCounts) else as_approximate(one) for one in together]
+        found = together if first.exact else [as_approximate(one) for one in together]
     batches = [one for one in found if isinstance(one, BatchRecovery)]
     if len(batches) < len(found):
         raise InputError(

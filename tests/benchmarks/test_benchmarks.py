@@ -1,6 +1,7 @@
 """The benchmarks: their runner, their checkpoints, and the published attacks against independent computations."""
 
 import argparse
+import importlib.util
 import json
 import sys
 from importlib import import_module as module
@@ -35,6 +36,7 @@ SCRIPTS = (
     "soundness",
     "train",
     "unknown_format",
+    *(["torch_models"] if importlib.util.find_spec("torch") else []),
 )
 
 

@@ -1,8 +1,10 @@
 """Any PyTorch module as a function of JAX arrays: logits, gradients and second derivatives are torch's; or an error."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +20,10 @@ torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("torchax")
-    import torch_zoo as zoo
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import torch_networks as zoo
 
+    sys.path.pop(0)
     from softinv_jax.frameworks.torch_model import torch_model
 
 SHAPE = (32, 32, 3)
@@ -110,7 +114,7 @@ def test_what_is_not_trained_is_no_parameter() -> None:
     model = torch_model(module, SHAPE)
     assert "0" not in model.parameters
     assert "8" in model.parameters
-    chain = zoo.pooling()
+    chain = zoo.get_started()
     chain[0].requires_grad_(False)
     assert "0.weight is not trained" in torch_model(chain, SHAPE).not_a_chain
 
@@ -164,9 +168,9 @@ def test_random_layers_that_a_seed_does_not_explain() -> None:
 
 
 def test_arrays_that_do_not_fit() -> None:
-    model = torch_model(zoo.pooling(), SHAPE)
-    arrays = {name: value.detach().numpy() for name, value in zoo.pooling().named_parameters()}
+    model = torch_model(zoo.get_started(), SHAPE)
+    arrays = {name: value.detach().numpy() for name, value in zoo.get_started().named_parameters()}
     with pytest.raises(ValueError, match=r"0\.weight"):
         model.tree({name: value for name, value in arrays.items() if name != "0.weight"})
-    with pytest.raises(ValueError, match=r"9\.bias"):
-        model.tree(arrays | {"9.bias": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match=r"11\.bias"):
+        model.tree(arrays | {"11.bias": np.zeros(3, np.float32)})

@@ -242,3 +242,23 @@ def test_batch_behind_an_update_of_unknown_rate() -> None:
     assert np.all(np.abs(found.label[order] - labels) < 6 * deviation + 1e-6)
     assert deviation.max() < 1e-3
     assert abs(found.scale - 0.3) < 6 * found.scale_deviation
+
+
+def test_counts_of_several_steps_are_never_sure() -> None:
+    """Counted exactly from one step; the same update, said to be of two, gives no more than the likeliest."""
+    rng = np.random.default_rng(0)
+    weight, features = rng.uniform(-0.1, 0.1, (5, 16)), 1 + 0.001 * rng.normal(size=(9, 16))
+    classes = np.array([0, 0, 0, 1, 1, 3, 3, 3, 4])
+    powers = np.exp(features @ weight.T)
+    error = (powers / powers.sum(axis=1, keepdims=True) - np.eye(5)[classes]) / 9
+    before = {"head": {"weight": weight.astype(np.float32), "bias": np.zeros(5, np.float32)}}
+    gradients = {"weight": error.T @ features, "bias": error.sum(axis=0)}
+    after = {"head": {part: (before["head"][part] - 0.5 * gradients[part]).astype(np.float32) for part in gradients}}
+    one = recover_update(observe_update(before, after, learning_rate=0.5), batch_size=9)
+    assert one.count.tolist() == np.bincount(classes, minlength=5).tolist()
+    two = recover_update(observe_update(before, after, learning_rate=0.25, local_steps=2), batch_size=9)
+    assert two.likeliest.tolist() == one.likeliest.tolist()
+    assert np.all(two.count == -1)
+    assert np.all(np.isnan(two.certainty))
+    assert not two.is_whole
+    assert two.interval.tolist() == [[0, 1]] * 5

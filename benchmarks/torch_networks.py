@@ -1,4 +1,4 @@
-"""PyTorch modules of the kinds that people train, small."""
+"""PyTorch modules of the kinds that people train, small; `ZOO` is also what the tests compare with torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """As ResNet18: a stem, max-pooling, four stages of two blocks, the mean over the image."""
 
-    def __init__(self, width: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(self, width: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, classes: int = CLASSES) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width), nn.ReLU())
         self.pool = nn.MaxPool2d(3, 2, 1)
@@ -36,21 +36,21 @@ class ResNet(nn.Module):
         for stage in range(4):
             self.stages.append(Block(widths[stage], widths[stage + 1], 1 if stage == 0 else 2, norm))
             self.stages.append(Block(widths[stage + 1], widths[stage + 1], 1, norm))
-        self.mean, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8 * width, CLASSES)
+        self.mean, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8 * width, classes)
 
     def forward(self, images: Any) -> Any:
         return self.fc(torch.flatten(self.mean(self.stages(self.pool(self.stem(images)))), 1))
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, classes: int = CLASSES) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 8, 8)
         self.token = nn.Parameter(0.1 * torch.randn(1, 1, width))
         self.places = nn.Parameter(0.1 * torch.randn(1, 17, width))
         layer = nn.TransformerEncoderLayer(width, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, images: Any) -> Any:
         parts = self.patches(images).flatten(2).transpose(1, 2)
@@ -72,12 +72,34 @@ class Dropouts(nn.Module):
         return functional.log_softmax(self.head(hidden), dim=1)
 
 
-def pooling() -> nn.Module:
-    """As Flower's get-started network."""
+def get_started(classes: int = CLASSES) -> nn.Module:
+    """The layers of Flower's get-started network (and of PyTorch's CIFAR-10 tutorial), for images 32x32."""
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2, 2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2, 2)),
-        *(nn.Flatten(), nn.Linear(16 * 5 * 5, 20), nn.ReLU(), nn.Linear(20, CLASSES)),
+        *(nn.Flatten(), nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)),
     )
+
+
+def lenet5(classes: int = CLASSES) -> nn.Module:
+    """LeCun et al. 1998 as it is taught: tanh, mean pooling, for gray images 28x28."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, classes)),
+    )
+
+
+def strided_lenet(classes: int = CLASSES) -> nn.Module:
+    """The LeNet of published attacks: strides in place of pooling, sigmoid; with a bias at the head."""
+    layers: list[nn.Module] = []
+    for inputs, stride in ((3, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(inputs, 12, 5, stride, 2), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(768, classes))
+
+
+def perceptron(classes: int = CLASSES) -> nn.Module:
+    """3072-400-400-C."""
+    first, second = nn.Linear(3072, 400), nn.Linear(400, 400)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), nn.Linear(400, classes))
 
 
 def depthwise() -> nn.Module:
@@ -88,7 +110,7 @@ def depthwise() -> nn.Module:
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
-    "pooling": pooling,
+    "max-pooling": get_started,
     "resnet18, evaluation": lambda: ResNet(4).eval(),
     "resnet18, training": lambda: ResNet(4).train(),
     "resnet, group norm": lambda: ResNet(4, lambda width: nn.GroupNorm(2, width)),
