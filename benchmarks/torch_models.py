@@ -71,7 +71,7 @@ ROWS = (
     Row("get-started, max-pooling, ReLU", networks.get_started, 1, "parameters"),
     Row("get-started, max-pooling, ReLU", networks.get_started, 4, "parameters"),
     Row("3072-400-400-10, ReLU", networks.perceptron, 16, "parameters"),
-    Row("ResNet18, narrow, batch norm in training", narrow_resnet(nn.BatchNorm2d), 1, "gradient"),
+    Row("ResNet18, narrow, batch norm in training", narrow_resnet(nn.BatchNorm2d), 2, "gradient"),
     Row("ResNet18, narrow, group norm", narrow_resnet(lambda width: nn.GroupNorm(4, width)), 1, "gradient"),
     Row("vision transformer", lambda classes: networks.VisionTransformer(32, classes), 1, "gradient"),
 )

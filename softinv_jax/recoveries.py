@@ -141,24 +141,14 @@ def recover_many(
     return counts
 
 
-Result = TypeVar("Result", Recovery, BatchRecovery, ClassCounts)
+Result = TypeVar("Result", Recovery, BatchRecovery)
 
 
 def as_approximate(recovery: Result) -> Result:
-    """The same recovery of a gradient that was not observed exactly: `unique` becomes `ambiguous`, no count is sure.
+    """The same recovery of a gradient that was not observed exactly: `unique` becomes `ambiguous`.
 
-    What several local steps change is no noise, and no deviation covers it. The likeliest counts stay.
+    What several local steps change is no noise, and no deviation covers it.
     """
-    if isinstance(recovery, ClassCounts):
-        unknown = np.full(recovery.label.shape, np.nan)
-        return replace(
-            recovery,
-            deviation=unknown,
-            interval=np.broadcast_to([0.0, 1.0], (len(unknown), 2)),
-            certainty=unknown,
-            count=np.full(len(unknown), -1),
-            is_whole=False,
-        )
     sure = (recovery.verdict == Verdict.UNIQUE) | (recovery.verdict == Verdict.CONDITIONAL)
     verdict = np.where(sure, np.int32(Verdict.AMBIGUOUS), recovery.verdict)
     return replace(recovery, verdict=verdict)  # type: ignore[arg-type]

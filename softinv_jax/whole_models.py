@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from softinv_jax.batches.batch_recovery import BatchRecovery
-from softinv_jax.batches.class_counts import ClassCounts
+from softinv_jax.batches.class_counts import ClassCounts, without_certainty
 from softinv_jax.batches.elimination import TARGETS
 from softinv_jax.dense_layers.layers import DenseLayers, dense_layers
 from softinv_jax.dense_layers.many_steps import recover_over_steps
@@ -208,7 +208,9 @@ def recover_update(
         batch = _recover_batch(
             update, observation, batch_size, head, activation, {"loss": loss, "reduction": reduction}
         )
-        return batch if update.exact else as_approximate(batch)
+        if update.exact:
+            return batch
+        return without_certainty(batch) if isinstance(batch, ClassCounts) else as_approximate(batch)
     # Rounding of the parameters is noise, which only the thorough search can deal with.
     found = many.recover_many(
         stack_observations([observation]),

@@ -6,7 +6,7 @@ whole number: integer least squares under the sum B finds the likeliest counts, 
 sure. Without a bias one number is unknown, the length of the mean feature: each class then has an interval.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -50,6 +50,22 @@ class ClassCounts:
     count: np.ndarray
     is_whole: bool
     batch_size: int | None
+
+
+def without_certainty(counts: ClassCounts) -> ClassCounts:
+    """The likeliest counts alone, for a gradient that was not observed exactly, as after several local steps.
+
+    What those change is no noise, and no deviation covers it.
+    """
+    unknown = np.full(counts.label.shape, np.nan)
+    return replace(
+        counts,
+        deviation=unknown,
+        interval=np.broadcast_to([0.0, 1.0], (len(unknown), 2)),
+        certainty=unknown,
+        count=np.full(len(unknown), -1),
+        is_whole=False,
+    )
 
 
 @in_float64

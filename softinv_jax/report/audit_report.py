@@ -21,6 +21,8 @@ VERDICTS = (
     ("refuted", "the gradient contradicts what was assumed of it: one example, its loss, its scale"),
     ("no_signal", "the gradient is zero, or noise"),
     ("not_found", "one of a batch that the search did not find"),
+    ("counted", "numbers of examples of each class, of some classes for sure"),
+    ("likely", "the likeliest numbers of examples of each class"),
 )
 
 

@@ -163,10 +163,10 @@ def _empty_table(subject: str, verdicts: dict[str, int], columns: dict[str, Just
 
 def batch_summary(recoveries: list[BatchRecovery]) -> dict[str, Any]:
     """Counts and one entry for each gradient of a batch, in types JSON has."""
-    verdicts = np.concatenate([one.verdict for one in recoveries])
+    verdicts = np.concatenate([np.empty(0, int), *(one.verdict for one in recoveries)])
     return {
         "verdicts": {verdict.name.lower(): int(np.sum(verdicts == verdict)) for verdict in Verdict},
-        "assumptions": _words(np.array([one.refuted for one in recoveries]), np.zeros(0, int)),
+        "assumptions": _words(np.array([one.refuted for one in recoveries], int), np.zeros(0, int)),
         "versions": package_versions(),
         "batches": [
             {

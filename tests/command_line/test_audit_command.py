@@ -110,6 +110,30 @@ def test_updates_of_more_examples_than_classes_are_told_apart_by_dense_layers(
     assert sorted(found) == sorted([label] for label in labels.argmax(axis=1).tolist())
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_more_examples_than_classes_are_counted(steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One head alone: how many of each class, for sure after one step, as a likelihood after several."""
+    rng = np.random.default_rng(0)
+    weight, features = rng.uniform(-0.1, 0.1, (5, 16)), 1 + 0.001 * rng.normal(size=(9, 16))
+    classes = np.array([0, 0, 0, 1, 1, 3, 3, 3, 4])
+    powers = np.exp(features @ weight.T)
+    error = (powers / powers.sum(axis=1, keepdims=True) - np.eye(5)[classes]) / 9
+    before = {"fc.weight": weight.astype(np.float32), "fc.bias": np.zeros(5, np.float32)}
+    gradients = {"fc.weight": error.T @ features, "fc.bias": error.sum(axis=0)}
+    after = {name: (array - 0.5 * gradients[name]).astype(np.float32) for name, array in before.items()}
+    np.savez(tmp_path / "before.npz", **before)
+    np.savez(tmp_path / "after.npz", **after)
+    files = ["--parameters", str(tmp_path / "before.npz"), "--updated", str(tmp_path / "after.npz")]
+    options = [*files, "--learning-rate", str(0.5 / steps), "--local-steps", str(steps), "--batch-size", "9"]
+    assert main(["audit", *options, "--out", str(tmp_path / "report"), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    expected = [3, 2, 0, 3, 1] if steps == 1 else [None] * 5
+    assert results["counts"][0]["counts"] == expected
+    assert f"for sure of {5 if steps == 1 else 0} of 5 classes" in results["findings"][0]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "class 0: 3, class 1: 2, class 3: 3, class 4: 1" in page
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
