@@ -17,16 +17,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# pdoc shows only names that are there, and softinv_jax loads its own when they are asked for.
-LOADED_PDOC := import runpy, softinv_jax; [getattr(softinv_jax, name) for name in softinv_jax.__all__]; \
-	runpy.run_module("pdoc", run_name="__main__", alter_sys=True)
-
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	$(BIN)/python -W ignore -c '$(LOADED_PDOC)' --docformat google --math --output-directory build/api softinv_jax \
-		$(addprefix softinv_jax.,audit batches client frameworks images labels measures observation report streaming) \
-		'!softinv_jax.frameworks.flower'
-	@echo "The API reference is build/api/index.html"
+	$(BIN)/python -m sphinx -q -j auto -d build/doctrees docs build/site
+	@echo "The site is build/site/index.html"
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/labels.py

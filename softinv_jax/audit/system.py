@@ -15,9 +15,11 @@ from softinv_jax.client.gradients import ApplyFunction
 from softinv_jax.client.networks import apply_function, initial_batch_statistics, initialise, initialise_fan_in
 from softinv_jax.client.training import train
 from softinv_jax.images.layer_chain import Chain
+from softinv_jax.images.objective import WholeBatch
+from softinv_jax.inversions import Network
 from softinv_jax.observation.head import find_head
 
-__all__ = ["System", "make_system"]
+__all__ = ["System", "make_system", "system_of_network"]
 
 # Images of a data set that the audit reads, or photographs' crops a class.
 IMAGES_READ = 5000
@@ -114,3 +116,39 @@ def make_system(
     return System(
         name, apply_fn, result.parameters, model.chain, private, float(result.accuracy), bool(result.batch_statistics)
     )
+
+
+def system_of_network(settings: AuditSettings, name: str, network: Network, parameters: Mapping[str, Any]) -> System:
+    """A system of any network, with its parameters as they are, and the data of the settings.
+
+    Args:
+      name: in words. network, parameters: as `inversions` takes them.
+
+    Raises:
+      ValueError: for a network whose examples act on each other, or one that does not fit the data.
+      FileNotFoundError: where the data set is not prepared.
+    """
+    if isinstance(network.apply_fn, WholeBatch):
+        raise ValueError(
+            f"examples of {name} act on each other, as through batch normalisation in training mode, but here each"
+            " client has one; take it in evaluation mode"
+        )
+    if settings.epochs:
+        raise ValueError(f"epochs = {settings.epochs}, but {name} is attacked as it is: give 0")
+    height, width = network.image_shape[:2]
+    size = height if height == width else (height, width)
+    _, private = load_public_and_private(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        image_size=size,
+        limit=IMAGES_READ,
+        crops=(CROPS, CROPS),
+        seed=settings.seed,
+    )
+    shape = private.images.shape[1:]
+    if shape != network.image_shape:
+        raise ValueError(f"images of {private.name} are {shape}, but {name} takes {network.image_shape}")
+    logits = jax.eval_shape(network.apply_fn, parameters, jax.ShapeDtypeStruct(shape, np.float32)).shape
+    if logits != (private.number_of_classes,):
+        raise ValueError(f"{name} has {logits} logits, but {private.name} has {private.number_of_classes} classes")
+    return System(name, network.apply_fn, parameters, network.chain, private)

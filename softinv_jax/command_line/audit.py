@@ -36,7 +36,7 @@ are kept in the folder's cells/ and used again when the settings are the same.
 
 With --updated the folder reports what real updates of your own model give away (docs/frameworks.md): PyTorch,
 safetensors or npz files, one for each client; nobody needs to know their labels. With --torch-model as well the report
-shows images (docs/your-model.md)."""
+shows images (docs/your-model.md). --torch-model without --updated attacks clients of that module."""
 
 _EPILOG = """\
 examples:
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         results, pages, pictures = report_updates(arguments)
     else:
-        for option in ("head", "batch_size", "torch_model", "image_size", "match_steps"):
+        for option in ("head", "batch_size", "match_steps"):
             if getattr(arguments, option) not in (None, "1", 0):
                 raise InputError(f"--{option.replace('_', '-')} goes with --updated")
         results, pages, pictures = _report_system(arguments, folder)
@@ -146,20 +146,32 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _report_system(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], str, dict[str, bytes]]:
     from softinv_jax.audit.run import audit  # noqa: PLC0415 - load jax
-    from softinv_jax.audit.system import make_system  # noqa: PLC0415
+    from softinv_jax.audit.system import make_system, system_of_network  # noqa: PLC0415
     from softinv_jax.report.audit_figures import audit_figures  # noqa: PLC0415
     from softinv_jax.report.audit_report import render_report  # noqa: PLC0415
 
     settings = _settings(arguments)
-    parameters, statistics = None, None
-    if arguments.parameters is not None:
+    parameters, statistics, model = None, None, None
+    if arguments.torch_model is not None:
+        from softinv_jax.command_line.torch_files import image_shape, read_torch_model  # noqa: PLC0415 - optional
+
+        if arguments.parameters is None:
+            raise InputError("--torch-model needs --parameters, what the module holds")
+        if arguments.network is not None:
+            raise InputError("give either --network or --torch-model")
+        model = read_torch_model(arguments, image_shape(arguments))
+    elif arguments.parameters is not None:
         from softinv_jax.command_line.model_files import read_parameters  # noqa: PLC0415
 
         parameters, statistics = read_parameters(arguments.parameters)
     with progress_report(stages_without_terminal=True) as report:
         report(0, 1, "reading images and preparing the network")
         try:
-            system = make_system(settings, parameters, statistics)
+            if model is None:
+                system = make_system(settings, parameters, statistics)
+            else:
+                name = arguments.torch_model.rpartition(":")[2]
+                system = system_of_network(settings, name, model.network, model.network_parameters)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(error) from error
         with input_errors():

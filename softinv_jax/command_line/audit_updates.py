@@ -77,7 +77,8 @@ def report_updates(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, 
             options["approximate"] = arguments.local_steps > 1
             summary = recovery_summary(recover_many(observation, thorough=True, unknown_scale=not known, **options))
         else:
-            found = _recover_batches(updates, observation, size, arguments.head, options)
+            activation = "auto" if model is None else model.dense_activation
+            found = _recover_batches(updates, observation, size, arguments.head, activation, options)
             counts = [one for one in found if isinstance(one, ClassCounts)]
             summary = batch_summary([one for one in found if isinstance(one, BatchRecovery)])
             if counts:
@@ -151,7 +152,12 @@ def _pictures(images: Inversion) -> dict[str, bytes]:
 
 
 def _recover_batches(
-    updates: list[ObservedUpdate], observation: Observation, size: BatchSize, head: str | None, options: dict[str, Any]
+    updates: list[ObservedUpdate],
+    observation: Observation,
+    size: BatchSize,
+    head: str | None,
+    activation: str,
+    options: dict[str, Any],
 ) -> "list[BatchRecovery | ClassCounts]":
     """The batch behind each update: by the dense layers that the model ends in, or by its head where that is all."""
     first = updates[0]
@@ -161,7 +167,7 @@ def _recover_batches(
     found: list[Any] = []
     for number, update in enumerate(updates):
         options["progress"](number, len(updates))
-        found.append(recover_update(update, batch_size=size, head=head))
+        found.append(recover_update(update, batch_size=size, head=head, activation=activation))
     return found
 
 

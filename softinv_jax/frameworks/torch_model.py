@@ -17,6 +17,7 @@ from softinv_jax.frameworks.npz_file import first_line
 from softinv_jax.frameworks.parameter_files import Tree, flat, nested
 from softinv_jax.frameworks.torch_chain import NotAChainError, read_chain
 from softinv_jax.frameworks.torch_layout import linen_from_torch_chain
+from softinv_jax.images.dense_batches import dense_end
 from softinv_jax.images.layer_chain import Chain
 from softinv_jax.images.objective import Model, WholeBatch, mean_loss_gradient
 from softinv_jax.inversions import Inversion, Network, invert_observed
@@ -55,6 +56,13 @@ class TorchModel:
         except NotAChainError as error:
             self.not_a_chain = str(error)
 
+    @property
+    def dense_activation(self) -> str:
+        """Between the dense layers at the end of a chain, for `recover_update`; `auto` where it is not one."""
+        end = None if self.chain is None else dense_end(self.chain)
+        functions = set(end[1]) if end is not None else set()
+        return functions.pop() if len(functions) == 1 else "auto"
+
     @cached_property
     def apply_fn(self) -> Model:
         """(parameters, image (H, W, channels)) -> logits (C,), a `WholeBatch` where examples act on each other.
@@ -85,13 +93,17 @@ class TorchModel:
         if self.chain is None:
             return Network(self.image_shape, None, self.apply_fn)
         network = Network(self.image_shape, self.chain)
-        held = self.tree({name: to_numpy(value) for name, value in self._trained.items()})
 
         def in_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return flat(self.tree(arrays))
 
-        self._probe.compare(network.apply_fn, held, flat, in_layers)
+        self._probe.compare(network.apply_fn, self.network_parameters, flat, in_layers)
         return network
+
+    @property
+    def network_parameters(self) -> Tree:
+        """What the module holds, as `network` takes it."""
+        return self.tree({name: to_numpy(value) for name, value in self._trained.items()})
 
     def tree(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         """A `state_dict`, gradients or updates named like one, as `network` takes them; only what is trained.

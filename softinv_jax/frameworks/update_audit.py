@@ -104,7 +104,8 @@ class UpdateAuditor:
         recovery, images, update, problem = None, None, None, None
         try:
             update = observe_update(self._tree(before), self._tree(after), **self._training)
-            recovery = recover_update(update, batch_size=self._batch_size, head=self._head)
+            activation = "auto" if self._model is None else self._model.dense_activation
+            recovery = recover_update(update, batch_size=self._batch_size, head=self._head, activation=activation)
             images = self._images(update, recovery)
         except ValueError as error:
             problem = str(error)

@@ -156,6 +156,26 @@ def test_the_report_shows_images(files: dict[str, Any], tmp_path: Path, capsys: 
     assert (tmp_path / "report" / "figures" / "images.png").exists()
 
 
+def test_clients_of_a_module_are_audited(
+    files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Simulated ones, with gray images that are not square, and a defence."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 12, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=pixels, labels=np.arange(12) % 6)
+    given = ("--torch-model", f"{files['model']}:Net", "--image-size", "12", "8", "--channels", "1")
+    command = ["audit", *given, "--parameters", files["net_before"], "--dataset", str(tmp_path / "data.npz")]
+    command += ["--samples", "3", "--images", "1", "--defences", "pruning", "--out", str(tmp_path / "report")]
+    assert main([*command, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["system"]["name"] == "Net"
+    assert results["baseline"]["image_verdicts"]["exact"] == 1
+    assert main([*command, "--network", "lenet"]) == 2
+    assert "either --network or --torch-model" in capsys.readouterr().err
+    assert main([*command, "--channels", "3"]) == 2
+    assert "cannot take images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

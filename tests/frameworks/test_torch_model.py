@@ -174,3 +174,10 @@ def test_arrays_that_do_not_fit() -> None:
         model.tree({name: value for name, value in arrays.items() if name != "0.weight"})
     with pytest.raises(ValueError, match=r"11\.bias"):
         model.tree(arrays | {"11.bias": np.zeros(3, np.float32)})
+
+
+def test_the_activation_that_recover_update_need_not_guess() -> None:
+    assert torch_model(zoo.get_started(), SHAPE).dense_activation == "relu"
+    assert torch_model(zoo.lenet5(), (28, 28, 1)).dense_activation == "tanh"
+    assert torch_model(zoo.strided_lenet(), SHAPE).dense_activation == "auto"
+    assert torch_model(zoo.VisionTransformer(), SHAPE).dense_activation == "auto"
