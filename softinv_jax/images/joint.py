@@ -20,6 +20,7 @@ import numpy as np
 from softinv_jax.float64 import argmin, in_float64
 from softinv_jax.images.determinacy import count_equations
 from softinv_jax.images.exact import ROUNDINGS, Known, enter_head, gradient_distance, undo_layers
+from softinv_jax.images.gated_layers import are_gated, images_through_gates
 from softinv_jax.images.layer_chain import (
     Chain,
     Convolution,
@@ -201,6 +202,10 @@ def _search(task: JointTask) -> Iterator[jax.Array]:
     """Gauss-Newton on the layers that are left when those after them are undone; from one start, then from others."""
     end = _end(task)
     known = _undone(task, end)
+    if are_gated(task.chain[:end]):
+        through = images_through_gates(task.chain, task.parameters, task.gradients, known, task.image_shape, end)
+        if through is not None:
+            yield through
     firsts = [_improved(task, end, known, start, INNER_STEPS[0]) for start in _starts(task, end)]
 
     def step(images: jax.Array, steps: int) -> tuple[jax.Array, float]:
