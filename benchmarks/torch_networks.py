@@ -88,6 +88,15 @@ def lenet5(classes: int = CLASSES) -> nn.Module:
     )
 
 
+def fedavg_cnn(classes: int = CLASSES) -> nn.Module:
+    """The CNN of McMahan et al. 2017 (FedAvg), for gray images 28x28."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, classes)),
+    )
+
+
 def strided_lenet(classes: int = CLASSES) -> nn.Module:
     """The LeNet of published attacks: strides in place of pooling, sigmoid; with a bias at the head."""
     layers: list[nn.Module] = []
