@@ -176,7 +176,9 @@ def main() -> None:
         resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0}}
         run_simulation(server_app, client_app, num_supernodes=arguments.clients, backend_config=resources)
         seconds = time.perf_counter() - start
-    Path(arguments.out).write_text(json.dumps({"settings": vars(arguments), "clients": rows}, indent=1) + "\n")
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "data_dir")}
+    result = {"settings": settings, "seconds": round(seconds), "clients": rows}
+    Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
     console = Console()
     for row in rows:
         console.print({name: value for name, value in row.items() if value is not None})

@@ -92,9 +92,12 @@ def read_torch_model(arguments: argparse.Namespace, image_shape: tuple[int, int,
         arrays = read_parameter_file(arguments.parameters, arguments.key)
     _fill(module, arrays, arguments.parameters, arguments.torch_model)
     module.train(not arguments.evaluation_mode)
-    with input_errors(f"{arguments.torch_model}: "), _standard_output_kept():
-        model = torch_model(module, image_shape, dropout_seed=arguments.dropout_seed)
-        _ = model.network  # Compared with torch now, not in the middle of the work.
+    try:
+        with input_errors(f"{arguments.torch_model}: "), _standard_output_kept():
+            model = torch_model(module, image_shape, dropout_seed=arguments.dropout_seed)
+            _ = model.network  # Compared with torch now, not in the middle of the work.
+    except ImportError as error:  # What is no chain needs torchax too.
+        raise InputError(f"{arguments.torch_model}: {model.not_a_chain}; such a module {error}") from error
     return model
 
 
