@@ -183,7 +183,21 @@ def invert_observed(
         # With the noise that the parameters' rounding is known to leave, which gradients alone do not tell.
         observation = stack_observations([observe_update_head(update, name=network.head) for update in updates])
         heads = recover_many(observation, unknown_scale=told.unknown_scale, approximate=not first.exact, thorough=True)
-    return _invert(told, heads, updates)
+    inversion = _invert(told, heads, updates)
+    if first.exact:
+        return inversion
+    return replace(inversion, recovery=_without_certainty(inversion.recovery))
+
+
+def _without_certainty(recovery: ImageRecovery) -> ImageRecovery:
+    """Of a gradient that several steps were averaged to: no stated error covers what they change."""
+    sure = recovery.label_verdict > Verdict.AMBIGUOUS
+    exact = recovery.verdict == ImageVerdict.EXACT
+    return replace(
+        recovery,
+        label_verdict=np.where(sure, Verdict.AMBIGUOUS, recovery.label_verdict),
+        verdict=np.where(exact, ImageVerdict.APPROXIMATE, recovery.verdict),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,3 +143,15 @@ def test_what_cannot_be_done_is_said(options: dict[str, Any], said: str) -> None
         invert_observed(network, [])
     with pytest.raises(ValueError, match="a chain of layers or a function"):
         _ = Network(SHAPE).apply_fn
+
+
+def test_an_average_of_steps_is_never_sure() -> None:
+    """So small that the steps hardly differ; yet no stated error covers what they change."""
+    parameters = make_parameters()
+    gradients = gradients_of(CHAIN, parameters)
+    updates = [updates_of(parameters, gradients, 0, learning_rate=RATE / 2, local_steps=2)]
+    found = invert_observed(Network(SHAPE, CHAIN), updates, method="exact")
+    assert found.method == "exact"
+    assert found.recovery.label_verdict[0, 0] == Verdict.AMBIGUOUS
+    assert found.recovery.verdict[0, 0] == ImageVerdict.APPROXIMATE
+    np.testing.assert_allclose(found.recovery.images[0, 0], example()[0][0], atol=1e-2)
