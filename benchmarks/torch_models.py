@@ -70,7 +70,6 @@ ROWS = (
     Row("LeNet-5, mean pooling, tanh", networks.lenet5, 1, "parameters", gray=True),
     Row("FedAvg's CNN, max-pooling, ReLU", networks.fedavg_cnn, 1, "gradient", gray=True),
     Row("FedAvg's CNN, max-pooling, ReLU", networks.fedavg_cnn, 1, "parameters", gray=True),
-    Row("FedAvg's CNN, max-pooling, ReLU", networks.fedavg_cnn, 4, "gradient", gray=True),
     Row("get-started, max-pooling, ReLU", networks.get_started, 1, "parameters"),
     Row("get-started, max-pooling, ReLU", networks.get_started, 4, "parameters"),
     Row("3072-400-400-10, ReLU", networks.perceptron, 16, "parameters"),
