@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softinv_jax.atomic_file import write_atomically
 
-__all__ = ["FinishedRows", "add_row_options"]
+if TYPE_CHECKING:
+    from runner import Run
+
+__all__ = ["FinishedRows", "add_row_options", "measure_rows"]
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:
@@ -51,3 +54,34 @@ class FinishedRows:
         self.rows[name] = json.loads(json.dumps(row))
         text = json.dumps({"options": self.options, "rows": self.rows})
         write_atomically(self.path, lambda file: file.write(text.encode()))
+
+
+def measure_rows(
+    run: Run,
+    finished: FinishedRows,
+    rows: Mapping[str, Callable[[], Mapping[str, Any]]],
+    title: str,
+    columns: Mapping[str, Callable[[dict[str, Any]], str]],
+    draw: Callable[..., Any] | None = None,
+    *,
+    asked: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Measure the rows that are not there yet, and write the table after each; can be interrupted.
+
+    Args:
+      rows: by name, what measures each. title, columns, draw: as of `Run.finish`.
+      asked: whether a row is to be measured; one that is not is only shown where it is there already.
+    """
+    try:
+        for name, measure in rows.items():
+            held = finished.get(name)
+            if held is None and asked(name):
+                held = {**measure(), "commit": run.commit}
+                finished.keep(name, held)
+            if held is not None:
+                run.add(**held)
+                run.write(title, columns)
+    except KeyboardInterrupt:
+        print("stopped: the rows that are done are written")
+    if run.rows:
+        run.finish(title, columns, draw)

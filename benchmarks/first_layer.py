@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from clients import load_data
 from dense_clients import draw, train_by_torch
-from finished_rows import FinishedRows, add_row_options
+from finished_rows import FinishedRows, add_row_options, measure_rows
 from matplotlib.figure import Figure
 from runner import Run, add_data_options, new_figure, option_parser
 from scipy.spatial.distance import cdist
@@ -204,22 +205,16 @@ def main() -> None:
     )
     own = Clients(arguments)
     title = f"Images behind updates of many steps through a dense ReLU layer, {arguments.dataset}, float32"
-    try:
-        for row in wanted:
-            held = finished.get(row.name)
-            asked = not arguments.rows or any(name in row.name for name in arguments.rows)
-            if held is None and asked and not arguments.finished:
-                own.measure(row, 0)  # Compiles everything.
-                held = {"row": row.name, "clients": [own.measure(row, seed) for seed in range(count)]}
-                held["commit"] = run.commit
-                finished.keep(row.name, held)
-            if held is not None:
-                run.add(**held)
-                run.write(title, COLUMNS)
-    except KeyboardInterrupt:
-        print("stopped: the rows that are done are written")
-    if run.rows:
-        run.finish(title, COLUMNS, draw_rows)
+
+    def asked(name: str) -> bool:
+        return not arguments.finished and (not arguments.rows or any(part in name for part in arguments.rows))
+
+    def measure(row: Row) -> dict[str, Any]:
+        own.measure(row, 0)  # Compiles everything.
+        return {"row": row.name, "clients": [own.measure(row, seed) for seed in range(count)]}
+
+    rows = {row.name: partial(measure, row) for row in wanted}
+    measure_rows(run, finished, rows, title, COLUMNS, draw_rows, asked=asked)
 
 
 if __name__ == "__main__":

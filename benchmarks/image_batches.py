@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clients import load_data
-from finished_rows import FinishedRows, add_row_options
+from finished_rows import FinishedRows, add_row_options, measure_rows
 from runner import Run, add_data_options, option_parser
 
 from softinv_jax import observe_update
@@ -247,20 +247,8 @@ def main() -> None:
     options = {name: getattr(arguments, name) for name in ("dataset", "gradients", "peer_gradients", "peer_steps")}
     finished = FinishedRows(arguments.out / "image_batches.rows.json", options, fresh=arguments.fresh)
     title = f"Images behind one gradient, {arguments.dataset}, float32, formats not told"
-    try:
-        for cell in CELLS:
-            held = finished.get(cell.name)
-            if held is None and (arguments.finished or cell.name not in chosen):
-                continue
-            if held is None:
-                held = measure(arguments, data, cell) | {"commit": run.commit}
-                finished.keep(cell.name, held)
-            run.add(**held)
-            run.write(title, COLUMNS)
-    except KeyboardInterrupt:
-        print("stopped: the rows that are done are written")
-    if run.rows:
-        run.finish(title, COLUMNS)
+    rows = {cell.name: partial(measure, arguments, data, cell) for cell in CELLS}
+    measure_rows(run, finished, rows, title, COLUMNS, asked=lambda name: not arguments.finished and name in chosen)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from clients import load_data
-from finished_rows import FinishedRows, add_row_options
+from finished_rows import FinishedRows, add_row_options, measure_rows
 from images import judged
 from images import networks as image_networks
 from local_steps import clients
@@ -175,20 +176,8 @@ def main() -> None:
     finished = FinishedRows(arguments.out / "local_training.rows.json", options, fresh=arguments.fresh)
     own = Clients(arguments)
     title = f"Images behind K local steps, LeNet, {arguments.dataset}, float32, formats not told"
-    try:
-        for cell in all_cells(arguments):
-            held = finished.get(str(cell))
-            if held is None and arguments.finished:
-                continue
-            if held is None:
-                held = own.measure(run, cell) | {"commit": run.commit}
-                finished.keep(str(cell), held)
-            run.add(**held)
-            run.write(title, COLUMNS)
-    except KeyboardInterrupt:
-        print("stopped: the rows that are done are written")
-    if run.rows:
-        run.finish(title, COLUMNS, draw)
+    rows = {str(cell): partial(own.measure, run, cell) for cell in all_cells(arguments)}
+    measure_rows(run, finished, rows, title, COLUMNS, draw, asked=lambda name: not arguments.finished)
 
 
 if __name__ == "__main__":

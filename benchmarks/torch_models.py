@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch_networks as networks
 from clients import load_data
-from finished_rows import FinishedRows, add_row_options
+from finished_rows import FinishedRows, add_row_options, measure_rows
 from published_images import inverting_gradients
 from runner import Run, add_data_options, option_parser
 from torch import nn
@@ -223,21 +224,15 @@ def main() -> None:
     finished = FinishedRows(arguments.out / "torch_models.rows.json", settings, fresh=arguments.fresh)
     own = Clients(arguments, steps)
     title = f"PyTorch modules, {count} clients a row, {arguments.dataset}, {steps} steps of matching"
-    try:
-        for row in ROWS[:1] if arguments.quick else ROWS:
-            held = finished.get(row.name)
-            asked = not arguments.rows or any(name in row.name for name in arguments.rows)
-            if held is None and asked and not arguments.finished:
-                held = {"row": row.name, "clients": [own.measure(row, seed) for seed in range(count)]}
-                held["commit"] = run.commit
-                finished.keep(row.name, held)
-            if held is not None:
-                run.add(**held)
-                run.write(title, COLUMNS)
-    except KeyboardInterrupt:
-        print("stopped: the rows that are done are written")
-    if run.rows:
-        run.finish(title, COLUMNS)
+
+    def asked(name: str) -> bool:
+        return not arguments.finished and (not arguments.rows or any(part in name for part in arguments.rows))
+
+    def measure(row: Row) -> dict[str, Any]:
+        return {"row": row.name, "clients": [own.measure(row, seed) for seed in range(count)]}
+
+    rows = {row.name: partial(measure, row) for row in (ROWS[:1] if arguments.quick else ROWS)}
+    measure_rows(run, finished, rows, title, COLUMNS, asked=asked)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,15 @@ from softinv_jax.observation.updates import ObservedUpdate, observe_update_head
 from softinv_jax.recoveries import recover, recover_many
 from softinv_jax.whole_models import as_batch, find_dense_end, recover_model, recover_update
 
-__all__ = ["Inversion", "Method", "Network", "describe_determinacy", "invert_gradients", "invert_observed"]
+__all__ = [
+    "Inversion",
+    "Method",
+    "Network",
+    "describe_determinacy",
+    "invert_gradients",
+    "invert_observed",
+    "stack_gradients",
+]
 
 DEFAULT_MATCHING = MatchingSettings()
 Method = Literal["auto", "exact", "matching"]
@@ -164,9 +172,16 @@ def invert_observed(
     if not updates:
         raise ValueError("no updates; give at least one")
     first = updates[0]
-    gradients = jax.tree.map(lambda *leaves: np.stack(leaves), *(update.gradients for update in updates))
     told = _Told(
-        network, first.parameters, gradients, batch_size, not first.scale_known, method, matching, restarts, progress
+        network,
+        first.parameters,
+        stack_gradients(updates),
+        batch_size,
+        not first.scale_known,
+        method,
+        matching,
+        restarts,
+        progress,
     )
     if network.chain is not None and _runs_client(told, first):
         report = told.report
@@ -187,6 +202,11 @@ def invert_observed(
     if first.exact:
         return inversion
     return replace(inversion, recovery=_without_certainty(inversion.recovery))
+
+
+def stack_gradients(updates: Sequence[ObservedUpdate]) -> Any:
+    """The gradients of N updates, each array with a leading axis N."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(update.gradients for update in updates))
 
 
 def _without_certainty(recovery: ImageRecovery) -> ImageRecovery:

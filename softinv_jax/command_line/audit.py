@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import io
 import json
 import os
 import zipfile
@@ -149,6 +148,7 @@ def _report_system(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
     from softinv_jax.audit.system import make_system, system_of_network  # noqa: PLC0415
     from softinv_jax.report.audit_figures import audit_figures  # noqa: PLC0415
     from softinv_jax.report.audit_report import render_report  # noqa: PLC0415
+    from softinv_jax.report.figures import figure_png  # noqa: PLC0415
 
     settings = _settings(arguments)
     parameters, statistics, model = None, None, None
@@ -176,11 +176,7 @@ def _report_system(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
             raise InputError(error) from error
         with input_errors():
             result = audit(settings, system, cells=_KeptCells(folder / "cells"), progress=report)
-    pictures = {}
-    for name, figure in audit_figures(result).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        pictures[name] = buffer.getvalue()
+    pictures = {name: figure_png(figure) for name, figure in audit_figures(result).items()}
     return result.to_json(), render_report(result, pictures), pictures
 
 

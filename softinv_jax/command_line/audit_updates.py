@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from softinv_jax.observation.updates import ObservedUpdate
 from softinv_jax.recoveries import BatchSize, recover_many
 from softinv_jax.report.audit_report import render_updates_report
 from softinv_jax.report.counts_summary import counts_summary
+from softinv_jax.report.figures import figure_png
 from softinv_jax.report.image_figures import recovered_images_figure
 from softinv_jax.report.summary import assumption_notes, batch_summary, recovery_summary
 from softinv_jax.whole_models import find_dense_end, recover_update
@@ -145,10 +145,8 @@ def _pictures(images: Inversion) -> dict[str, bytes]:
     shown = recovery.images.reshape(-1, *recovery.images.shape[2:])[:SHOWN]
     if not np.any(np.isfinite(shown)):
         return {}
-    buffer = io.BytesIO()
     names = image_verdict_names(recovery.verdict.ravel()[:SHOWN]).tolist()
-    recovered_images_figure(shown, names).savefig(buffer, format="png")
-    return {"images": buffer.getvalue()}
+    return {"images": figure_png(recovered_images_figure(shown, names))}
 
 
 def _recover_batches(

@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from softinv_jax.audit import models
@@ -14,7 +13,7 @@ from softinv_jax.client.networks import apply_function
 from softinv_jax.command_line import model_files, torch_files, update_files
 from softinv_jax.command_line.console import InputError, input_errors
 from softinv_jax.frameworks.parameter_files import Tree, flat, read_parameter_file, trained_layers
-from softinv_jax.inversions import Network
+from softinv_jax.inversions import Network, stack_gradients
 from softinv_jax.observation.updates import ObservedUpdate
 from softinv_jax.whole_models import find_dense_end
 
@@ -54,8 +53,7 @@ def read_source(arguments: argparse.Namespace) -> Source:
 
 
 def _of_updates(network: Network, updates: list[ObservedUpdate]) -> Source:
-    gradients = jax.tree.map(lambda *leaves: np.stack(leaves), *(update.gradients for update in updates))
-    return Source(network, updates[0].parameters, gradients, updates)
+    return Source(network, updates[0].parameters, stack_gradients(updates), updates)
 
 
 def _of_built_in(arguments: argparse.Namespace) -> Source:

@@ -6,7 +6,7 @@ so that the input is found to a few percent from noise, gates included. And a ga
 behind it: values are fitted by least absolute deviations, which leave such values aside.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -86,7 +86,9 @@ def images_through_gates(
     targets = [_target(known, chain[starts[-1] : end])]
     delta = known.delta
     for start, stop in list(zip(starts, ends, strict=True))[:0:-1]:
-        inputs = _layer_inputs(chain, start, stop, parameters, gradients, targets[-1], delta, shapes[start])
+        step = partial(_layer_step, chain, start, stop, parameters, gradients, targets[-1], delta)
+        noise = jax.random.normal(jax.random.key(0), (len(delta), *shapes[start]), jnp.float32).astype(delta.dtype)
+        inputs = _layer_inputs(step, jnp.abs(noise) * root_mean_square(targets[-1].value) / 2)
         targets.append(_rough(inputs))
         delta = _backwards(chain, start, stop, parameters, inputs, delta)
     images = jnp.zeros((len(known.value), *shapes[0]))
@@ -120,23 +122,15 @@ def _differ(values: jax.Array, target: _Target) -> jax.Array:
     return jnp.where(target.passed, values - target.value, jnp.maximum(values - target.floor, 0.0))
 
 
-def _layer_inputs(
-    chain: Chain,
-    start: int,
-    stop: int,
-    parameters: Mapping[str, Any],
-    gradients: Mapping[str, Any],
-    target: _Target,
-    delta: jax.Array,
-    shape: tuple[int, ...],
-) -> jax.Array:
-    """(B, ...) what enters a convolution, from its gradient and what leaves its gates; from noise, to a few percent."""
-    key = jax.random.key(0)
-    noise = jax.random.normal(key, (len(delta), *shape), jnp.float32).astype(delta.dtype)
-    inputs = jnp.abs(noise) * root_mean_square(target.value) / 2
+def _layer_inputs(step: Callable[[jax.Array], tuple[jax.Array, jax.Array]], inputs: jax.Array) -> jax.Array:
+    """(B, ...) what enters a convolution, from its gradient and what leaves its gates; to a few percent.
+
+    Args:
+      step: of Gauss-Newton, which returns the misfit too. inputs: to begin with.
+    """
     least, best = np.inf, inputs
     for _ in range(LAYER_MOVES):
-        inputs, misfit = _layer_step(chain, start, stop, parameters, gradients, target, delta, inputs)
+        inputs, misfit = step(inputs)
         if float(misfit) < least:
             least, best = float(misfit), inputs
     return jnp.maximum(best, 0.0)

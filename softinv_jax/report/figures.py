@@ -1,5 +1,6 @@
 """The demo's two pictures. Figures are objects of their own: no window, no global matplotlib state."""
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["GRAY", "LabelExample", "Landscape", "empty_figure", "labels_figure", "landscape_figure", "show_pixels"]
+__all__ = [
+    "GRAY",
+    "LabelExample",
+    "Landscape",
+    "empty_figure",
+    "figure_png",
+    "labels_figure",
+    "landscape_figure",
+    "show_pixels",
+]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -148,6 +158,13 @@ def _draw_legend(axes: Axes) -> None:
         Line2D([], [], color=ORANGE, marker="o", linestyle="", label="label recovered from the gradient"),
     ]
     axes.legend(handles=handles, loc="center left", frameon=False, fontsize=12, borderaxespad=0)
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def show_pixels(axes: Axes, image: np.ndarray) -> None:
